@@ -1,0 +1,166 @@
+//! What a guest is: the JSON of `trine vmm --config FILE` and of a spawn request.
+
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// A host resource: by path in the standalone form (opened before the sandbox closes), by
+/// position among the descriptors of the request otherwise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Resource {
+    /// A file or socket path.
+    Path(PathBuf),
+    /// Index into the descriptors that came with the request.
+    Descriptor(usize),
+}
+
+/// One guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Configuration version: 1.
+    pub version: u32,
+    /// The guest's id, for logs and for [`crate::control::Status`].
+    pub id: String,
+    /// Boot nonce: whoever adopts a running guest compares it. Empty where nobody does.
+    #[serde(default)]
+    pub nonce: String,
+    /// vCPUs, at least 1.
+    #[serde(default = "one")]
+    pub vcpus: u8,
+    /// Guest memory, MiB, at least 16.
+    pub memory_mib: u32,
+    /// What runs.
+    pub boot: Boot,
+    /// Where console output goes; absent: standard output (standalone) or nowhere.
+    #[serde(default)]
+    pub console: Option<Console>,
+    /// Block devices in slot order.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Network devices in slot order, after the disks.
+    #[serde(default)]
+    pub nets: Vec<NetConfig>,
+    /// Control socket: a listening Unix stream socket (or the path to bind one at).
+    #[serde(default)]
+    pub control: Option<Resource>,
+    /// The exit record is written here (created empty by the caller, or the path to create):
+    /// [`crate::control::ExitRecord`] as JSON.
+    #[serde(default)]
+    pub exit_record: Option<Resource>,
+    /// The sandbox; the default is everything the caller's privilege allows.
+    #[serde(default)]
+    pub sandbox: Sandbox,
+}
+
+fn one() -> u8 {
+    1
+}
+
+/// What the guest boots.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Boot {
+    /// The kernel: a unikernel ELF (see `abi::boot`).
+    pub kernel: Resource,
+    /// Its command line.
+    #[serde(default)]
+    pub cmdline: String,
+}
+
+/// Console output: a ring file that keeps the last `capacity_bytes`.
+///
+/// The file is [`CONSOLE_HEADER_BYTES`] of header (`CONSOLE_MAGIC`, then the count of all bytes
+/// ever written, both little-endian `u64`), then the ring: byte `n` lies at `n % capacity`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Console {
+    /// The file.
+    pub file: Resource,
+    /// Size of its ring.
+    #[serde(default = "console_capacity")]
+    pub capacity_bytes: u64,
+}
+
+fn console_capacity() -> u64 {
+    1 << 20
+}
+
+/// Header of a console file.
+pub const CONSOLE_HEADER_BYTES: u64 = 16;
+/// First 8 bytes of a console file.
+pub const CONSOLE_MAGIC: u64 = u64::from_le_bytes(*b"TRINECON");
+
+/// A virtio-blk device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Name for control requests, unique in the guest.
+    pub id: String,
+    /// Where its bytes are.
+    pub source: DiskSource,
+    /// Refuse writes (VIRTIO_BLK_F_RO).
+    #[serde(default)]
+    pub read_only: bool,
+    /// Serial number (VIRTIO_BLK_T_GET_ID), at most 20 bytes are shown to the guest.
+    #[serde(default)]
+    pub serial: String,
+}
+
+/// Where a disk's bytes are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum DiskSource {
+    /// A raw file or block device; its size is the disk's.
+    Raw(Resource),
+    /// A connected Unix stream socket whose server is past the NBD handshake and in the
+    /// transmission phase (simple or structured replies are both understood: none negotiated
+    /// means simple), for an export of `size_bytes`.
+    Nbd {
+        /// The socket.
+        socket: Resource,
+        /// The export's size.
+        size_bytes: u64,
+    },
+}
+
+/// A virtio-net device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name for control requests, unique in the guest.
+    pub id: String,
+    /// MAC address, `fa:16:3e:xx:xx:xx`.
+    pub mac: String,
+    /// MTU told to the guest (VIRTIO_NET_F_MTU), 68 to 1946.
+    #[serde(default = "mtu")]
+    pub mtu: u16,
+    /// Where its frames go.
+    pub backend: NetBackend,
+}
+
+fn mtu() -> u16 {
+    1500
+}
+
+/// Where a network device's frames go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum NetBackend {
+    /// A packet ring to the switch (`abi::packet_ring`): memory, from-guest and to-guest eventfd.
+    Ring([usize; 3]),
+    /// A TAP interface by name (standalone only), or its descriptor.
+    Tap(Resource),
+}
+
+/// How tightly the process is closed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub struct Sandbox {
+    /// As root: the uid and gid this guest's process takes; absent: the caller's.
+    #[serde(default)]
+    pub uid: Option<u32>,
+    /// As root: cgroup directories (v1 or v2) whose `cgroup.procs` the process enters.
+    #[serde(default)]
+    pub cgroups: Vec<PathBuf>,
+}

@@ -1,0 +1,163 @@
+//! Requests to a running VMM, over its control socket (`abi::control` frames of JSON).
+
+use crate::config::{DiskConfig, NetConfig, VmConfig};
+use serde::{Deserialize, Serialize};
+
+/// Version of these requests, sent with each.
+pub const CONTROL_VERSION: u32 = 1;
+
+/// One request frame.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Envelope {
+    /// [`CONTROL_VERSION`].
+    pub version: u32,
+    /// What is asked.
+    pub request: Request,
+}
+
+/// What can be asked of a running guest's VMM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Who is this and how is it: [`Reply::Status`].
+    Status,
+    /// Hot-plugs a disk; descriptors come with the frame. [`Reply::Done`] when the guest was told.
+    AddDisk(DiskConfig),
+    /// Asks the guest for a disk and waits (10 s at most) until it let go: [`Reply::Done`], or an
+    /// error of kind `guest_refused` with the disk still in place.
+    RemoveDisk {
+        /// The disk's id.
+        id: String,
+    },
+    /// Hot-plugs a network device.
+    AddNet(NetConfig),
+    /// As `RemoveDisk`, for a network device.
+    RemoveNet {
+        /// The device's id.
+        id: String,
+    },
+    /// The packet ring descriptors of a network device, with the reply: for a switch that restarted.
+    NetRing {
+        /// The device's id.
+        id: String,
+    },
+    /// Stops the vCPUs.
+    Pause,
+    /// Lets them run.
+    Resume,
+    /// Ends the guest at once; the exit record says `killed`.
+    Kill,
+}
+
+/// The answer to a request.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// Answer to [`Request::Status`].
+    Status(Status),
+    /// It was not done, and nothing changed.
+    Error {
+        /// `invalid`, `not_found`, `exists`, `guest_refused`, `io`.
+        kind: String,
+        /// What, which value, which rule.
+        message: String,
+    },
+}
+
+/// State of a guest's process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunState {
+    /// vCPUs run.
+    Running,
+    /// vCPUs are stopped by request.
+    Paused,
+    /// The guest has ended; the process is about to.
+    Ended,
+}
+
+/// Who a VMM is and how its guest is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// [`VmConfig::id`].
+    pub id: String,
+    /// [`VmConfig::nonce`].
+    pub nonce: String,
+    /// The VMM's process id.
+    pub pid: u32,
+    /// State.
+    pub state: RunState,
+    /// Ids of the plugged disks.
+    pub disks: Vec<String>,
+    /// Ids of disks whose removal the guest was asked for and has not acknowledged.
+    pub disks_leaving: Vec<String>,
+    /// Ids of the plugged network devices.
+    pub nets: Vec<String>,
+    /// Launch times.
+    pub timings: Timings,
+}
+
+/// Steps of a launch: CLOCK_MONOTONIC, nanoseconds; 0 where not reached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timings {
+    /// Before the spawner's clone.
+    pub spawn_ns: u64,
+    /// First statement in the guest's own process.
+    pub process_ns: u64,
+    /// Before the first KVM_RUN.
+    pub run_ns: u64,
+    /// First exit caused by the guest (its first instruction ran).
+    pub first_exit_ns: u64,
+    /// Boot-timer mark `MARK_MAIN`.
+    pub main_ns: u64,
+    /// Boot-timer mark `MARK_NETWORK`.
+    pub network_ns: u64,
+    /// First byte on the console.
+    pub console_ns: u64,
+}
+
+/// Why and how a guest ended; the VMM's last act.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExitRecord {
+    /// [`VmConfig::nonce`].
+    pub nonce: String,
+    /// `power_off`, `reset`, `killed`, `crash`, `error`.
+    pub reason: String,
+    /// The guest's exit code where it gave one.
+    pub code: Option<u8>,
+    /// One line for people: what happened.
+    pub message: String,
+    /// Launch times.
+    pub timings: Timings,
+}
+
+/// A request to the spawner (`trine-vmm spawner`), with its descriptors.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpawnRequest {
+    /// [`CONTROL_VERSION`].
+    pub version: u32,
+    /// The guest; every resource by descriptor.
+    pub config: VmConfig,
+}
+
+/// The spawner's answer; the reply frame carries the new process's pidfd.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum SpawnReply {
+    /// The process runs: its vCPU is about to enter the guest.
+    Spawned {
+        /// Process id (the pidfd comes with the frame).
+        pid: u32,
+        /// Times up to `run_ns`.
+        timings: Timings,
+    },
+    /// It could not start; nothing is left behind.
+    Failed {
+        /// The failed step and its reason, one line.
+        message: String,
+    },
+}
