@@ -1,5 +1,7 @@
 //! What a guest is: the JSON of `trine vmm --config FILE` and of a spawn request.
 
+mod validate;
+
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 

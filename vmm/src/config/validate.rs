@@ -1,0 +1,188 @@
+//! The rules a configuration keeps, checked once; each broken rule is one line that names the
+//! key, the value and what would be right.
+
+use super::{NetConfig, Resource, VmConfig};
+use crate::machine::VCPUS_MAX;
+use crate::machine::boot::CMDLINE_BYTES_MAX;
+use crate::machine::memory::{MEMORY_MIB_MAX, MEMORY_MIB_MIN};
+use abi::boot::PCI_SLOTS;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// Most bytes of a configuration file.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
+/// Most bytes of an id, nonce or serial.
+const NAME_BYTES_MAX: usize = 128;
+/// Most devices: slot 0 is the host bridge.
+pub(crate) const DEVICES_MAX: usize = PCI_SLOTS - 1;
+/// Largest console ring file.
+pub(crate) const CONSOLE_BYTES_MAX: u64 = 1 << 30;
+
+impl VmConfig {
+    /// Reads a configuration file for the standalone form and checks it, the host included.
+    pub fn read(path: &Path) -> Result<VmConfig, Vec<String>> {
+        let name = path.display();
+        let size = std::fs::metadata(path).map_err(|error| vec![format!("{name}: {error}")])?.len();
+        if size > CONFIG_BYTES_MAX {
+            return Err(vec![format!("{name}: {size} bytes; at most {CONFIG_BYTES_MAX} are read")]);
+        }
+        let text = std::fs::read_to_string(path).map_err(|error| vec![format!("{name}: {error}")])?;
+        let config: VmConfig = serde_json::from_str(&text).map_err(|error| vec![format!("{name}: {error}")])?;
+        let mut problems = config.problems();
+        problems.extend(config.missing_files());
+        if let Some(host_mib) = host_memory_mib()
+            && u64::from(config.memory_mib) > host_mib
+        {
+            problems.push(format!(
+                "memory_mib: {} is more than this host has ({host_mib} MiB)",
+                config.memory_mib
+            ));
+        }
+        if problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(problems.into_iter().map(|problem| format!("{name}: {problem}")).collect())
+        }
+    }
+
+    /// Every rule this configuration breaks, whatever the host.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut rule = |holds: bool, problem: String| {
+            if !holds {
+                problems.push(problem);
+            }
+        };
+        rule(self.version == 1, format!("version: {} is not known; this VMM reads 1", self.version));
+        rule(!self.id.is_empty(), "id: it must not be empty".into());
+        for (key, value) in [("id", &self.id), ("nonce", &self.nonce)] {
+            rule(value.len() <= NAME_BYTES_MAX, format!("{key}: {} bytes; at most {NAME_BYTES_MAX}", value.len()));
+        }
+        rule(self.vcpus >= 1, "vcpus: 0; a guest needs at least 1".into());
+        rule(self.vcpus <= VCPUS_MAX, format!("vcpus: {}; at most {VCPUS_MAX}", self.vcpus));
+        rule(
+            (MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&self.memory_mib),
+            format!("memory_mib: {}; from {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX}", self.memory_mib),
+        );
+        let cmdline = self.boot.cmdline.len();
+        rule(cmdline <= CMDLINE_BYTES_MAX, format!("boot.cmdline: {cmdline} bytes; at most {CMDLINE_BYTES_MAX}"));
+        if let Some(console) = &self.console {
+            rule(
+                (4096..=CONSOLE_BYTES_MAX).contains(&console.capacity_bytes),
+                format!("console.capacity_bytes: {}; from 4096 to {CONSOLE_BYTES_MAX}", console.capacity_bytes),
+            );
+        }
+        let devices = self.disks.len() + self.nets.len();
+        rule(devices <= DEVICES_MAX, format!("disks and nets: {devices}; at most {DEVICES_MAX} together"));
+        problems.extend(self.device_problems());
+        problems
+    }
+
+    fn device_problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut ids = BTreeSet::new();
+        let names = self.disks.iter().map(|disk| &disk.id).chain(self.nets.iter().map(|net| &net.id));
+        for id in names {
+            if id.is_empty() || id.len() > NAME_BYTES_MAX {
+                problems.push(format!("device id {id:?}: from 1 to {NAME_BYTES_MAX} bytes"));
+            } else if !ids.insert(id) {
+                problems.push(format!("device id {id:?} is used twice"));
+            }
+        }
+        problems.extend(self.nets.iter().filter_map(|net| net.problem()));
+        problems
+    }
+
+    fn missing_files(&self) -> Vec<String> {
+        let disks = self.disks.iter().enumerate().filter_map(|(index, disk)| match &disk.source {
+            super::DiskSource::Raw(file) => Some((format!("disks[{index}].source.raw"), file)),
+            super::DiskSource::Nbd { .. } => None,
+        });
+        let mut problems: Vec<String> = std::iter::once(("boot.kernel".to_string(), &self.boot.kernel))
+            .chain(disks)
+            .filter_map(|(key, resource)| match resource {
+                Resource::Path(path) if !path.exists() => Some(format!("{key}: {} does not exist", path.display())),
+                _ => None,
+            })
+            .collect();
+        if let Some(Resource::Path(path)) = &self.control
+            && path.symlink_metadata().is_ok()
+        {
+            problems.push(format!(
+                "control: {} exists; another guest may be using it, remove it if none is",
+                path.display()
+            ));
+        }
+        problems
+    }
+}
+
+impl NetConfig {
+    /// The MAC address as bytes.
+    pub fn mac_bytes(&self) -> Option<[u8; 6]> {
+        let mut bytes = [0u8; 6];
+        let mut parts = self.mac.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().filter(|part| part.len() == 2)?;
+            *byte = u8::from_str_radix(part, 16).ok()?;
+        }
+        (parts.next().is_none() && bytes[0] & 1 == 0 && bytes != [0; 6]).then_some(bytes)
+    }
+
+    /// The rule this device breaks, if any.
+    pub fn problem(&self) -> Option<String> {
+        if self.mac_bytes().is_none() {
+            return Some(format!("net {:?}: mac {:?} is not a unicast address like fa:16:3e:00:00:01", self.id, self.mac));
+        }
+        if !(68..=1946).contains(&self.mtu) {
+            return Some(format!("net {:?}: mtu {}; from 68 to 1946", self.id, self.mtu));
+        }
+        None
+    }
+}
+
+/// RAM of the host, MiB.
+fn host_memory_mib() -> Option<u64> {
+    let info = rustix::system::sysinfo();
+    (info.totalram as u64).checked_mul(u64::from(info.mem_unit)).map(|bytes| bytes >> 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(change: &str) -> Vec<String> {
+        let mut json: serde_json::Value = serde_json::json!({
+            "version": 1, "id": "a", "memory_mib": 64, "boot": {"kernel": {"path": "/nonexistent"}}
+        });
+        let change: serde_json::Value = serde_json::from_str(change).unwrap();
+        json.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        match serde_json::from_value::<VmConfig>(json) {
+            Ok(config) => config.problems(),
+            Err(error) => vec![error.to_string()],
+        }
+    }
+
+    #[test]
+    fn each_broken_rule_is_named_with_its_key() {
+        assert_eq!(config("{}"), Vec::<String>::new());
+        for (change, key) in [
+            (r#"{"version": 2}"#, "version"),
+            (r#"{"vcpus": 0}"#, "vcpus"),
+            (r#"{"memory_mib": 8}"#, "memory_mib"),
+            (r#"{"memory_mib": 70000000}"#, "memory_mib"),
+            (r#"{"colour": "red"}"#, "colour"),
+            (r#"{"id": ""}"#, "id"),
+            (r#"{"console": {"file": {"path": "c"}, "capacity_bytes": 0}}"#, "console.capacity_bytes"),
+            (r#"{"nets": [{"id": "n", "mac": "01:00:00:00:00:00", "backend": {"ring": [0, 1, 2]}}]}"#, "mac"),
+            (r#"{"nets": [{"id": "n", "mac": "fa:16:3e:00:00:01", "mtu": 9000, "backend": {"ring": [0, 1, 2]}}]}"#, "mtu"),
+            (
+                r#"{"disks": [{"id": "d", "source": {"raw": {"path": "x"}}}, {"id": "d", "source": {"raw": {"path": "y"}}}]}"#,
+                "used twice",
+            ),
+        ] {
+            let problems = config(change);
+            assert!(problems.len() == 1 && problems[0].contains(key), "{change}: {problems:?}");
+        }
+    }
+}

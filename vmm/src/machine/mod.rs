@@ -1,0 +1,152 @@
+//! The machine: KVM, guest memory, boot state and vCPUs.
+//!
+//! [`Host`] is what all guests of a host share and what is asked of the kernel once. A
+//! [`Machine`] is built in the order that is fast: memory slots, then the interrupt chip, then
+//! vCPUs (a memory slot after the interrupt chip costs milliseconds). Nothing is torn down: a
+//! guest's process ends and the kernel takes everything back.
+
+pub mod boot;
+pub mod memory;
+pub mod run;
+pub mod vcpu;
+
+use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use memory::Ram;
+use std::sync::Arc;
+
+/// Most vCPUs of a guest: LAPIC ids stay in one byte.
+pub const VCPUS_MAX: u8 = 64;
+
+/// Interrupt lines kept for an I/O APIC in this process, as a split interrupt chip wants.
+const IOAPIC_PINS: u64 = 24;
+/// Where KVM may hide three pages for real mode on processors without unrestricted guests.
+const TSS_ADDRESS: usize = 0xFFFB_D000;
+
+/// Why a machine could not be made or run.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The kernel refused a step.
+    #[error("KVM: {step}: {source}")]
+    Kvm {
+        /// What was asked.
+        step: &'static str,
+        /// The kernel's answer.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// `/dev/kvm` speaks another version.
+    #[error("/dev/kvm has API version {0}, 12 is needed")]
+    ApiVersion(i32),
+    /// Guest memory could not be mapped.
+    #[error("map {mib} MiB of guest memory: {reason}")]
+    Memory {
+        /// Size asked for.
+        mib: u32,
+        /// The kernel's answer.
+        reason: String,
+    },
+    /// The kernel image is not one this VMM boots.
+    #[error("kernel image: {0}")]
+    Kernel(String),
+    /// Boot data could not be written to guest memory.
+    #[error("write boot parameters: {0}")]
+    Boot(String),
+}
+
+/// Names the step that a KVM call was.
+pub(crate) fn kvm(step: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> MachineError {
+    move |source| MachineError::Kvm { step, source }
+}
+
+/// What every guest of this host shares: the open `/dev/kvm` and the processor it offers.
+pub struct Host {
+    kvm: Kvm,
+    cpuid: CpuId,
+}
+
+impl Host {
+    /// Opens `/dev/kvm` and asks once what the processor offers (0.3 ms, the same for all guests).
+    pub fn open() -> Result<Host, MachineError> {
+        let kvm_device = Kvm::new().map_err(kvm("open /dev/kvm"))?;
+        let version = kvm_device.get_api_version();
+        if version != 12 {
+            return Err(MachineError::ApiVersion(version));
+        }
+        let mut cpuid =
+            kvm_device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("GET_SUPPORTED_CPUID"))?;
+        let deadline_timer = kvm_device.check_extension(Cap::TscDeadlineTimer);
+        for entry in cpuid.as_mut_slice() {
+            if entry.function == 1 {
+                entry.ecx |= vcpu::CPUID_1_ECX_HYPERVISOR | vcpu::CPUID_1_ECX_X2APIC;
+                if deadline_timer {
+                    entry.ecx |= vcpu::CPUID_1_ECX_TSC_DEADLINE;
+                }
+            }
+        }
+        Ok(Host { kvm: kvm_device, cpuid })
+    }
+
+    /// The processor every guest sees, before the parts that differ between its vCPUs.
+    pub fn cpuid(&self) -> &CpuId {
+        &self.cpuid
+    }
+}
+
+/// A virtual machine with memory, interrupt chip and vCPUs, not yet started.
+pub struct Machine {
+    /// The VM.
+    pub vm: Arc<VmFd>,
+    /// Its memory.
+    pub ram: Ram,
+    /// Its vCPUs, in order of their ids.
+    pub vcpus: Vec<VcpuFd>,
+}
+
+impl Machine {
+    /// Makes the machine in the order that costs least.
+    pub fn create(host: &Host, memory_mib: u32, vcpus: u8) -> Result<Machine, MachineError> {
+        let vm = host.kvm.create_vm().map_err(kvm("CREATE_VM"))?;
+        let ram = memory::map(memory_mib)?;
+        memory::register(&vm, &ram)?;
+        vm.set_tss_address(TSS_ADDRESS).map_err(kvm("SET_TSS_ADDR"))?;
+        split_interrupt_chip(&vm)?;
+        let vcpus = (0..vcpus)
+            .map(|id| vcpu::create(&vm, host.cpuid(), id))
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Machine { vm: Arc::new(vm), ram, vcpus })
+    }
+}
+
+fn split_interrupt_chip(vm: &VmFd) -> Result<(), MachineError> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    cap.args[0] = IOAPIC_PINS;
+    vm.enable_cap(&cap).map_err(kvm("ENABLE_CAP split irqchip"))
+}
+
+/// Delivers message-signalled interrupts to the guest, from any thread.
+///
+/// One `KVM_SIGNAL_MSI` is one system call and needs neither a routing table (whose change waits
+/// for every vCPU) nor an eventfd for each vector.
+#[derive(Clone)]
+pub struct Interrupts {
+    vm: Arc<VmFd>,
+}
+
+impl Interrupts {
+    /// Interrupts of `vm`.
+    pub fn new(vm: Arc<VmFd>) -> Interrupts {
+        Interrupts { vm }
+    }
+
+    /// Sends one message. A guest that programmed nonsense gets no interrupt, and that is all.
+    pub fn signal(&self, address: u64, data: u32) {
+        let msi = kvm_msi {
+            address_lo: address as u32,
+            address_hi: (address >> 32) as u32,
+            data,
+            ..Default::default()
+        };
+        let _ = self.vm.signal_msi(msi);
+    }
+}

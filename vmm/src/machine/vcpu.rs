@@ -1,0 +1,253 @@
+//! vCPUs: their creation, their state at the guest's first instruction, and their loop.
+
+use super::boot::{PAGE_TABLE_ROOT, PARAMS};
+use super::run::Gate;
+use super::{MachineError, kvm};
+use abi::boot::{CPU_INVARIANT_TSC, CPU_RDRAND, CPU_SSE42, CPU_TSC_DEADLINE};
+use kvm_bindings::{
+    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL,
+    KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use std::os::fd::AsRawFd;
+
+pub(crate) const CPUID_1_ECX_SSE42: u32 = 1 << 20;
+pub(crate) const CPUID_1_ECX_X2APIC: u32 = 1 << 21;
+pub(crate) const CPUID_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+pub(crate) const CPUID_1_ECX_RDRAND: u32 = 1 << 30;
+pub(crate) const CPUID_1_ECX_HYPERVISOR: u32 = 1 << 31;
+const CPUID_80000007_EDX_INVARIANT_TSC: u32 = 1 << 8;
+
+const CR0_PE_MP_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 5 | 1 << 16 | 1 << 31;
+const CR0_ET: u64 = 1 << 4;
+const CR4_PAE_OSFXSR_OSXMMEXCPT: u64 = 1 << 5 | 1 << 9 | 1 << 10;
+const EFER_SCE_LME_LMA_NXE: u64 = 1 | 1 << 8 | 1 << 10 | 1 << 11;
+const KVM_SET_DEVICE_ATTR: libc::c_ulong = 0x4018_AEE1;
+
+/// What a vCPU's exits are passed to.
+pub trait Exits {
+    /// A port was written. `Some`: the guest has ended.
+    fn port_write(&self, port: u16, data: &[u8]) -> Option<End>;
+    /// A port is read.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// An address without memory was written.
+    fn mmio_write(&self, address: u64, data: &[u8]);
+    /// An address without memory is read.
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    /// The guest caused its first exit, or a later one: called at each.
+    fn exited(&self);
+}
+
+/// How a guest ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It gave an exit code.
+    PowerOff(u8),
+    /// It asked for a reset.
+    Reset,
+    /// It can't go on; one line says why and where.
+    Crash(String),
+    /// The kernel or the VMM failed.
+    Error(String),
+}
+
+/// Creates a vCPU with its processor features.
+pub fn create(vm: &VmFd, cpuid: &CpuId, id: u8) -> Result<VcpuFd, MachineError> {
+    let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm("CREATE_VCPU"))?;
+    let mut cpuid = cpuid.clone();
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            1 => entry.ebx = entry.ebx & 0x00FF_FFFF | u32::from(id) << 24,
+            0xB | 0x1F => entry.edx = u32::from(id),
+            _ => {}
+        }
+    }
+    vcpu.set_cpuid2(&cpuid).map_err(kvm("SET_CPUID2"))?;
+    // Guest TSC = host TSC: code at CPL3 may read the host's counter whatever the offset (where
+    // KVM has no hardware to apply it), and code at CPL0 or the timer must see the same one.
+    // Where the kernel lacks the attribute, its own synchronisation stays.
+    let offset: u64 = 0;
+    let attribute = kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: u64::from(KVM_VCPU_TSC_OFFSET),
+        addr: std::ptr::from_ref(&offset) as u64,
+        flags: 0,
+    };
+    // SAFETY: the argument and the u64 it points to live through the call.
+    let _ = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &raw const attribute) };
+    Ok(vcpu)
+}
+
+/// The host's time stamp counter.
+pub fn host_tsc() -> u64 {
+    // SAFETY: every x86-64 processor has it.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// `abi::boot::CPU_*` bits of a processor.
+pub fn features(cpuid: &CpuId) -> u64 {
+    let mut features = 0;
+    for entry in cpuid.as_slice() {
+        match entry.function {
+            1 => {
+                for (bit, feature) in [
+                    (CPUID_1_ECX_RDRAND, CPU_RDRAND),
+                    (CPUID_1_ECX_SSE42, CPU_SSE42),
+                    (CPUID_1_ECX_TSC_DEADLINE, CPU_TSC_DEADLINE),
+                ] {
+                    if entry.ecx & bit != 0 {
+                        features |= feature;
+                    }
+                }
+            }
+            0x8000_0007 if entry.edx & CPUID_80000007_EDX_INVARIANT_TSC != 0 => features |= CPU_INVARIANT_TSC,
+            _ => {}
+        }
+    }
+    features
+}
+
+/// TSC frequency of a vCPU, Hz.
+pub fn tsc_hz(vcpu: &VcpuFd) -> Result<u64, MachineError> {
+    let khz = vcpu.get_tsc_khz().map_err(kvm("GET_TSC_KHZ"))?;
+    Ok(u64::from(khz.max(1)) * 1000)
+}
+
+/// Sets the mode a unikernel starts in: 64-bit, CPL0, paging on, flat segments.
+pub fn set_long_mode(vcpu: &VcpuFd) -> Result<(), MachineError> {
+    let mut sregs: kvm_sregs = vcpu.get_sregs().map_err(kvm("GET_SREGS"))?;
+    let flat = |kind: u8, selector: u16, long: bool| kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_: kind,
+        present: 1,
+        dpl: 0,
+        db: u8::from(!long),
+        s: 1,
+        l: u8::from(long),
+        g: 1,
+        ..Default::default()
+    };
+    sregs.cs = flat(0xB, 0x8, true);
+    let data = flat(0x3, 0x10, false);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = kvm_segment { limit: 0x67, type_: 0xB, present: 1, selector: 0x18, ..Default::default() };
+    sregs.gdt.limit = 0;
+    sregs.idt.limit = 0;
+    sregs.cr0 = CR0_PE_MP_NE_WP_PG | CR0_ET;
+    sregs.cr3 = PAGE_TABLE_ROOT;
+    sregs.cr4 = CR4_PAE_OSFXSR_OSXMMEXCPT;
+    sregs.efer = EFER_SCE_LME_LMA_NXE;
+    vcpu.set_sregs(&sregs).map_err(kvm("SET_SREGS"))?;
+    let fpu = kvm_fpu { fcw: 0x37F, mxcsr: 0x1F80, ..Default::default() };
+    vcpu.set_fpu(&fpu).map_err(kvm("SET_FPU"))
+}
+
+/// Points the vCPU at the guest's first instruction.
+pub fn set_entry(vcpu: &VcpuFd, entry: u64) -> Result<(), MachineError> {
+    let regs = kvm_regs { rip: entry, rdi: PARAMS, rflags: 2, ..Default::default() };
+    vcpu.set_regs(&regs).map_err(kvm("SET_REGS"))
+}
+
+/// What an exit means for the loop; details are fetched where the vCPU is no longer borrowed.
+enum Outcome {
+    Continue,
+    Interrupted,
+    End(End),
+    TripleFault,
+    InternalError,
+}
+
+/// Runs a vCPU until the guest ends.
+pub fn run(vcpu: &mut VcpuFd, id: usize, gate: &Gate, exits: &dyn Exits) -> End {
+    gate.enter(id, vcpu);
+    loop {
+        let outcome = match vcpu.run() {
+            Ok(exit) => handle(exit, exits),
+            Err(error) if error.errno() == libc::EINTR => Outcome::Interrupted,
+            Err(error) if error.errno() == libc::EAGAIN => Outcome::Continue,
+            Err(error) => Outcome::End(End::Error(format!("KVM_RUN: {error}"))),
+        };
+        match outcome {
+            Outcome::Continue => {}
+            Outcome::Interrupted => {
+                vcpu.set_kvm_immediate_exit(0);
+                gate.pass();
+            }
+            Outcome::End(end) => return end,
+            Outcome::TripleFault => return End::Crash(format!("triple fault, {}", state(vcpu))),
+            Outcome::InternalError => return End::Crash(internal_error(vcpu)),
+        }
+    }
+}
+
+fn handle(exit: VcpuExit<'_>, exits: &dyn Exits) -> Outcome {
+    exits.exited();
+    match exit {
+        VcpuExit::IoOut(port, data) => {
+            return exits.port_write(port, data).map_or(Outcome::Continue, Outcome::End);
+        }
+        VcpuExit::IoIn(port, data) => {
+            data.fill(0xFF);
+            exits.port_read(port, data);
+        }
+        VcpuExit::MmioWrite(address, data) => exits.mmio_write(address, data),
+        VcpuExit::MmioRead(address, data) => {
+            data.fill(0xFF);
+            exits.mmio_read(address, data);
+        }
+        VcpuExit::Intr => return Outcome::Interrupted,
+        VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_) => {}
+        VcpuExit::Shutdown => return Outcome::TripleFault,
+        VcpuExit::InternalError => return Outcome::InternalError,
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => return Outcome::End(End::PowerOff(0)),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => return Outcome::End(End::Reset),
+        VcpuExit::FailEntry(reason, cpu) => {
+            return Outcome::End(End::Crash(format!(
+                "the processor refused the guest's state (hardware reason {reason:#x} on CPU {cpu})"
+            )));
+        }
+        other => return Outcome::End(End::Crash(format!("unexpected exit {other:?}"))),
+    }
+    Outcome::Continue
+}
+
+/// Where a vCPU stands, for people.
+fn state(vcpu: &VcpuFd) -> String {
+    let (Ok(regs), Ok(sregs)) = (vcpu.get_regs(), vcpu.get_sregs()) else {
+        return "state unknown".into();
+    };
+    format!(
+        "rip {:#x} rsp {:#x} cs {:#x} rflags {:#x} cr2 {:#x} cr3 {:#x} rax {:#x} rcx {:#x} rdx {:#x} rdi {:#x} idt {:#x}+{:#x}",
+        regs.rip, regs.rsp, sregs.cs.selector, regs.rflags, sregs.cr2, sregs.cr3, regs.rax, regs.rcx, regs.rdx,
+        regs.rdi, sregs.idt.base, sregs.idt.limit
+    )
+}
+
+fn internal_error(vcpu: &mut VcpuFd) -> String {
+    let run = vcpu.get_kvm_run();
+    let (suberror, data) = if run.exit_reason == KVM_EXIT_INTERNAL_ERROR {
+        // SAFETY: for this exit reason the kernel fills the `internal` member; all are integers.
+        let internal = unsafe { run.__bindgen_anon_1.internal };
+        (internal.suberror, internal.data.iter().take(internal.ndata.min(4) as usize).copied().collect())
+    } else {
+        (0, Vec::<u64>::new())
+    };
+    let what = if suberror == 1 { "KVM can't emulate an instruction" } else { "KVM internal error" };
+    format!("{what} (suberror {suberror}, data {data:x?}), {}", state(vcpu))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvm_bindings::kvm_cpuid_entry2;
+
+    #[test]
+    fn features_come_from_the_guests_cpuid() {
+        let leaf_1 = kvm_cpuid_entry2 { function: 1, ecx: CPUID_1_ECX_RDRAND | CPUID_1_ECX_SSE42, ..Default::default() };
+        let power = kvm_cpuid_entry2 { function: 0x8000_0007, edx: CPUID_80000007_EDX_INVARIANT_TSC, ..Default::default() };
+        let cpuid = CpuId::from_entries(&[leaf_1, power]).unwrap();
+        assert_eq!(features(&cpuid), CPU_RDRAND | CPU_SSE42 | CPU_INVARIANT_TSC);
+    }
+}

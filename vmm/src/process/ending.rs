@@ -1,0 +1,68 @@
+//! The end of a guest: its exit record, then the process.
+//!
+//! Nothing is torn down: closing a VM with devices takes milliseconds, which the kernel spends
+//! after the record is there.
+
+use crate::control::{ExitRecord, Timings};
+use crate::machine::vcpu::End;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+
+/// Exit code of the process where the guest gave none.
+pub const EXIT_CODE_FAILED: u8 = 125;
+
+/// Why the process ends.
+#[derive(Clone, Debug)]
+pub enum Cause {
+    /// The guest ended.
+    Guest(End),
+    /// It was asked to kill the guest.
+    Killed,
+}
+
+/// What is needed to end.
+pub struct Ending {
+    record: Option<File>,
+    nonce: String,
+    speak: bool,
+    once: Mutex<()>,
+}
+
+impl Ending {
+    /// `record` receives the exit record; `speak`: a line on standard error for a crash.
+    pub fn new(record: Option<File>, nonce: String, speak: bool) -> Ending {
+        Ending { record, nonce, speak, once: Mutex::new(()) }
+    }
+
+    /// Writes the record and ends the process; of several threads the first one wins.
+    pub fn end(&self, cause: Cause, timings: Timings) -> ! {
+        let _first = self.once.lock();
+        let record = record(cause, self.nonce.clone(), timings);
+        if let Some(file) = &self.record {
+            let json = serde_json::to_vec(&record).unwrap_or_default();
+            let _ = file.write_all_at(&json, 0);
+        }
+        if self.speak && record.reason != "power_off" {
+            eprintln!("trine-vmm: guest ended: {}: {}", record.reason, record.message);
+        }
+        exit(record.code.unwrap_or(EXIT_CODE_FAILED))
+    }
+}
+
+fn record(cause: Cause, nonce: String, timings: Timings) -> ExitRecord {
+    let (reason, code, message) = match cause {
+        Cause::Guest(End::PowerOff(code)) => ("power_off", Some(code), format!("the guest ended with code {code}")),
+        Cause::Guest(End::Reset) => ("reset", None, "the guest asked for a reset".into()),
+        Cause::Guest(End::Crash(message)) => ("crash", None, message),
+        Cause::Guest(End::Error(message)) => ("error", None, message),
+        Cause::Killed => ("killed", None, "ended by request".into()),
+    };
+    ExitRecord { nonce, reason: reason.into(), code, message, timings }
+}
+
+/// Ends the process at once, without destructors.
+pub fn exit(code: u8) -> ! {
+    // SAFETY: _exit takes no memory and does not return.
+    unsafe { libc::_exit(libc::c_int::from(code)) }
+}

@@ -1,0 +1,104 @@
+//! One guest in this process, from its configuration to its end. Start reading here.
+//!
+//! The steps, in order: machine (memory, interrupt chip, vCPUs) → devices → image → boot
+//! parameters → run. The calling thread becomes vCPU 0.
+
+use super::ending::{Cause, Ending};
+use super::resources::Resources;
+use super::timings::Clock;
+use crate::config::VmConfig;
+use crate::devices::console::Console;
+use crate::machine::boot::{self, Parameters};
+use crate::machine::memory::Ram;
+use crate::machine::run::Gate;
+use crate::machine::vcpu::{self, End, Exits};
+use crate::machine::{Host, Machine, MachineError};
+use abi::boot::{MARK_MAIN, MARK_NETWORK, PORT_BOOT_TIMER, PORT_CONSOLE, PORT_EXIT};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Why a guest could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The machine could not be made.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+}
+
+/// What the threads of a guest share.
+pub struct Guest {
+    ram: Ram,
+    console: Mutex<Console>,
+    clock: Clock,
+    gate: Gate,
+    ending: Ending,
+}
+
+/// Starts the guest and stays until it ends; returns only where it could not start.
+pub fn run(host: &Host, config: &VmConfig, resources: Resources, clock: Clock, speak: bool) -> Result<(), StartError> {
+    let mut machine = Machine::create(host, config.memory_mib, config.vcpus)?;
+    let image = boot::load(&machine.ram, &resources.kernel)?;
+    boot::write_page_tables(&machine.ram, config.memory_mib)?;
+    let first = &machine.vcpus[0];
+    vcpu::set_long_mode(first)?;
+    vcpu::set_entry(first, image.entry)?;
+    boot::write_parameters(
+        &machine.ram,
+        &Parameters {
+            memory_mib: config.memory_mib,
+            image,
+            cmdline: &config.boot.cmdline,
+            devices: &[],
+            tsc_hz: vcpu::tsc_hz(first)?,
+            cpu_features: vcpu::features(host.cpuid()),
+        },
+    )?;
+    let guest = Arc::new(Guest {
+        ram: machine.ram.clone(),
+        console: Mutex::new(Console::new(resources.console)),
+        clock,
+        gate: Gate::new(machine.vcpus.len()),
+        ending: Ending::new(resources.exit_record, config.nonce.clone(), speak),
+    });
+    guest.clock.run.reach();
+    let mut first = machine.vcpus.remove(0);
+    let end = vcpu::run(&mut first, 0, &guest.gate, guest.as_ref());
+    guest.end(Cause::Guest(end))
+}
+
+impl Guest {
+    fn end(&self, cause: Cause) -> ! {
+        self.drain_console();
+        self.ending.end(cause, self.clock.timings())
+    }
+
+    fn drain_console(&self) {
+        let taken = self.console.lock().unwrap_or_else(PoisonError::into_inner).drain(&self.ram);
+        if taken > 0 {
+            self.clock.console.reach();
+        }
+    }
+}
+
+impl Exits for Guest {
+    fn port_write(&self, port: u16, data: &[u8]) -> Option<End> {
+        let value = data.first().copied().unwrap_or(0);
+        match port {
+            PORT_BOOT_TIMER if value == MARK_MAIN => self.clock.main.reach(),
+            PORT_BOOT_TIMER if value == MARK_NETWORK => self.clock.network.reach(),
+            PORT_CONSOLE => self.drain_console(),
+            PORT_EXIT => return Some(End::PowerOff(value)),
+            _ => {}
+        }
+        None
+    }
+
+    fn port_read(&self, _port: u16, _data: &mut [u8]) {}
+
+    fn mmio_write(&self, _address: u64, _data: &[u8]) {}
+
+    fn mmio_read(&self, _address: u64, _data: &mut [u8]) {}
+
+    fn exited(&self) {
+        self.clock.first_exit.reach();
+    }
+}

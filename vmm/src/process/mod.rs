@@ -1,0 +1,7 @@
+//! The process around a guest: how it starts, what it may do, how it ends.
+
+pub mod ending;
+pub mod guest;
+pub mod resources;
+pub mod standalone;
+pub mod timings;
