@@ -101,7 +101,8 @@ mod shared {
     impl Region {
         /// A fresh region, sealed against resizing.
         pub fn create() -> io::Result<Region> {
-            let memory = memfd_create("packet-ring", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+            let memory =
+                memfd_create("packet-ring", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
             ftruncate(&memory, REGION_BYTES as u64)?;
             fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
             let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
@@ -118,7 +119,9 @@ mod shared {
             if size_bytes != REGION_BYTES as i64 || !seals.contains(SealFlags::SHRINK) {
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidInput,
-                    format!("packet ring of {size_bytes} bytes; it must have {REGION_BYTES} and be sealed against shrinking"),
+                    format!(
+                        "packet ring of {size_bytes} bytes; it must have {REGION_BYTES} and be sealed against shrinking"
+                    ),
                 ));
             }
             // SAFETY: a fresh shared mapping, nothing else refers to the address.

@@ -1,1 +1,41 @@
-fn main() {}
+//! The project's habits as commands: `cargo xtask --help`.
+
+mod conformance;
+mod dependencies;
+mod licences;
+mod metadata;
+mod shell;
+mod verify;
+
+use clap::{Parser, Subcommand};
+
+/// Habits of trine's developers, one command each.
+#[derive(Parser)]
+#[command(name = "cargo xtask", version, about)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Everything CI checks: format, clippy, dependency direction, licences, all tests.
+    #[command(after_help = "Examples:\n  cargo xtask verify\n  cargo xtask verify --only clippy")]
+    Verify(verify::Arguments),
+    /// Formats the code and applies clippy's own fixes.
+    #[command(after_help = "Example:\n  cargo xtask fix")]
+    Fix,
+    /// Runs software that others wrote against a cloud of three nodes.
+    #[command(
+        after_help = "Examples:\n  cargo xtask conformance cli\n  cargo xtask conformance cli --keep"
+    )]
+    Conformance(conformance::Arguments),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Arguments::parse().command {
+        Command::Verify(arguments) => verify::run(&arguments),
+        Command::Fix => verify::fix(),
+        Command::Conformance(arguments) => conformance::run(&arguments),
+    }
+}

@@ -1,0 +1,101 @@
+//! `cargo xtask verify`: exactly what CI checks, in the order of how soon each can fail.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use crate::{dependencies, licences, shell};
+
+/// What `verify` takes.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Runs one part only.
+    #[arg(long, value_enum)]
+    only: Option<Part>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Part {
+    Format,
+    Dependencies,
+    Licences,
+    Clippy,
+    Guest,
+    Test,
+}
+
+type Check = fn() -> Result<()>;
+
+const PARTS: &[(Part, &str, Check)] = &[
+    (Part::Format, "format", format),
+    (Part::Dependencies, "dependencies", dependencies::check),
+    (Part::Licences, "licences", licences::check),
+    (Part::Guest, "guest", guest),
+    (Part::Clippy, "clippy", clippy),
+    (Part::Test, "test", test),
+];
+
+/// Runs the parts and says how long each took.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    for (part, name, check) in PARTS {
+        if arguments.only.is_some_and(|only| only != *part) {
+            continue;
+        }
+        println!("== {name}");
+        let start = Instant::now();
+        check().with_context(|| {
+            format!("{name} failed; to see it again: cargo xtask verify --only {name}")
+        })?;
+        println!("== {name}: ok in {:.1} s", start.elapsed().as_secs_f64());
+    }
+    Ok(())
+}
+
+/// Formats the code and applies clippy's own fixes.
+pub(crate) fn fix() -> Result<()> {
+    let clippy = ["clippy", "--workspace", "--all-targets", "--fix", "--allow-dirty"];
+    shell::run(shell::cargo().args(clippy))?;
+    shell::run(shell::cargo().args(["fmt", "--all"]))?;
+    shell::run(shell::cargo().args(["fmt", "--all", "--manifest-path", "firmware/Cargo.toml"]))
+}
+
+fn format() -> Result<()> {
+    shell::run(shell::cargo().args(["fmt", "--all", "--check"]))?;
+    let firmware = ["fmt", "--all", "--check", "--manifest-path", "firmware/Cargo.toml"];
+    shell::run(shell::cargo().args(firmware))
+}
+
+/// Clippy over everything; the test targets are built on what it leaves.
+fn clippy() -> Result<()> {
+    let all = ["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+    shell::run(shell::cargo().args(all))
+}
+
+/// The guest's own workspace: its lints, and the tests of its pure parts.
+fn guest() -> Result<()> {
+    let directory = shell::root().join("firmware");
+    let target = shell::target_directory().join("guest-tests");
+    let guest = |arguments: &[&str]| {
+        shell::run(
+            shell::cargo().args(arguments).current_dir(&directory).env("CARGO_TARGET_DIR", &target),
+        )
+    };
+    guest(&["clippy", "--locked", "--workspace", "--", "--deny", "warnings"])?;
+    guest(&["test", "--locked", "--workspace"])
+}
+
+/// Builds every executable first, because the end-to-end tests start `trine` itself.
+fn test() -> Result<()> {
+    shell::run(shell::cargo().args(["build", "--locked", "--workspace", "--bins"]))?;
+    if which("cargo-nextest") {
+        shell::run(shell::cargo().args(["nextest", "run", "--locked", "--workspace"]))?;
+    } else {
+        shell::run(shell::cargo().args(["test", "--locked", "--workspace", "--all-targets"]))?;
+    }
+    shell::run(shell::cargo().args(["test", "--locked", "--workspace", "--doc"]))
+}
+
+fn which(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
+}
