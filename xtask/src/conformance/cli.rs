@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use tests::{Cloud, Options};
 
-use super::cloud::Cloud;
 use super::python;
+use crate::shell;
 
 const CLIENT: &str = "python-openstackclient==10.5.0";
 const SDK: &str = "openstacksdk==4.22.0";
@@ -18,21 +19,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Runs the suite.
 pub(super) fn run(keep: bool, release: bool) -> Result<()> {
     let environment = python::environment("openstackclient", &[CLIENT, SDK])?;
-    let cloud = Cloud::start(keep, release)?;
+    let cloud = Cloud::start(&build(release)?, Options { keep })?;
     let mut suite = Suite {
         openstack: environment.join("bin/openstack"),
-        config: cloud.first_node().join("clouds.yaml"),
+        config: cloud.node(1).join("clouds.yaml"),
         passed: 0,
         failed: 0,
     };
-    let image = cloud.scratch().join("guest.img");
-    super::super::shell::run(Command::new(cloud.trine()).args(["image", "export"]).arg(&image))?;
-    let key = cloud.scratch().join("key.pub");
+    let image = cloud.directory().join("guest.img");
+    shell::run(Command::new(cloud.trine()).args(["image", "export"]).arg(&image))?;
+    let key = cloud.directory().join("key.pub");
     std::fs::write(
         &key,
         "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKnkfwdHUDEM2TgqoGwsL8QRBw6q999iIB24ghp17sb2 cli\n",
     )?;
-    let user_data = cloud.scratch().join("user-data");
+    let user_data = cloud.directory().join("user-data");
     std::fs::write(&user_data, STEPS)?;
 
     suite.identity();
@@ -47,6 +48,17 @@ pub(super) fn run(keep: bool, release: bool) -> Result<()> {
         bail!("the client was not served as it expects; see the lines marked FAILED above");
     }
     Ok(())
+}
+
+fn build(release: bool) -> Result<PathBuf> {
+    let mut build = shell::cargo();
+    build.args(["build", "--locked", "--package", "node"]);
+    if release {
+        build.arg("--release");
+    }
+    shell::run(&mut build)?;
+    let profile = if release { "release" } else { "debug" };
+    Ok(shell::target_directory().join(profile).join("trine"))
 }
 
 struct Suite {

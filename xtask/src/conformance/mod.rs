@@ -1,7 +1,6 @@
 //! `cargo xtask conformance`: unmodified clients against a cloud of three nodes.
 
 mod cli;
-mod cloud;
 mod python;
 
 use anyhow::Result;
