@@ -28,8 +28,11 @@ pub const RING_BYTES: usize = HEADER_BYTES + SLOTS as usize * SLOT_BYTES;
 /// Bytes of the whole region.
 pub const REGION_BYTES: usize = 2 * RING_BYTES;
 
+#[cfg(feature = "std")]
 const HEAD: usize = 0;
+#[cfg(feature = "std")]
 const TAIL: usize = 64;
+#[cfg(feature = "std")]
 const WAKE: usize = 128;
 
 /// Which of the two rings.
