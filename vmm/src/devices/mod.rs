@@ -1,3 +1,160 @@
-//! What a guest's devices do, each in a folder of its own. How they are reached is `crate::pci`.
+//! What a guest's devices do, each in a folder of its own. How they are reached is [`crate::pci`].
+//!
+//! A [`Device`] is its description for the bus and a [`Backend`] that does the work. While the
+//! driver is ready, one thread owns the backend and all of the device's queues.
 
+pub mod blk;
+pub mod chain;
 pub mod console;
+pub mod net;
+
+use crate::machine::memory::Ram;
+use crate::pci::msix::{Msix, NO_VECTOR};
+use abi::packet_ring::Region;
+use rustix::event::{PollFd, PollFlags, poll};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Which kind of device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// virtio-blk.
+    Disk,
+    /// virtio-net.
+    Net,
+}
+
+impl std::fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DeviceKind::Disk => "disk",
+            DeviceKind::Net => "network device",
+        })
+    }
+}
+
+/// A device that may be plugged.
+pub struct Device {
+    /// Its id for control requests.
+    pub id: String,
+    /// Which kind.
+    pub kind: DeviceKind,
+    /// virtio device type.
+    pub virtio_type: u16,
+    /// Features offered, without VIRTIO_F_VERSION_1.
+    pub features: u64,
+    /// Largest size of each queue.
+    pub queue_sizes: Vec<u16>,
+    /// Device configuration.
+    pub config: Vec<u8>,
+    /// A network device's packet ring.
+    pub ring: Option<Arc<Region>>,
+    /// What does the work.
+    pub backend: Box<dyn Backend>,
+}
+
+/// The device can't go on: the guest or the peer broke its protocol.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The guest's queue is unusable.
+    #[error("virtqueue: {0}")]
+    Queue(#[from] virtio_queue::Error),
+    /// The switch broke the packet ring.
+    #[error("packet ring: {0}")]
+    Ring(#[from] abi::packet_ring::RingError),
+    /// The kernel refused to wait or to wake.
+    #[error("device thread: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+/// What a device does between DRIVER_OK and reset.
+pub trait Backend: Send {
+    /// Serves the queues until [`Work::stop`] is written.
+    fn run(&mut self, work: Work) -> Result<(), DeviceError>;
+}
+
+/// What a device's thread owns while it runs.
+pub struct Work {
+    /// Guest memory.
+    pub ram: Ram,
+    /// The queues, valid and ready.
+    pub queues: Vec<Queue>,
+    /// Written by the kernel when the guest notifies any queue.
+    pub doorbell: EventFd,
+    /// Written when the thread shall end.
+    pub stop: EventFd,
+    /// How to tell the guest.
+    pub interrupt: QueueInterrupt,
+    /// Features agreed on.
+    pub features: u64,
+}
+
+impl Work {
+    /// Takes notifications of `queue` back while it is being served.
+    pub fn busy(&mut self, queue: usize) -> Result<(), DeviceError> {
+        Ok(self.queues[queue].disable_notification(&self.ram)?)
+    }
+
+    /// Asks for notifications of `queue`; `true`: something is there already.
+    pub fn idle(&mut self, queue: usize) -> Result<bool, DeviceError> {
+        Ok(self.queues[queue].enable_notification(&self.ram)?)
+    }
+
+    /// Interrupts the guest for `queue` if it wants that.
+    pub fn interrupt(&mut self, queue: usize) -> Result<(), DeviceError> {
+        if self.queues[queue].needs_notification(&self.ram)? {
+            self.interrupt.signal(queue);
+        }
+        Ok(())
+    }
+
+    /// Sleeps until the guest rings, `stop` is written, or `more` has something; `false`: stop.
+    pub fn wait(&self, more: Option<BorrowedFd<'_>>) -> Result<bool, DeviceError> {
+        let (stop, doorbell) = (borrow(&self.stop), borrow(&self.doorbell));
+        let mut set = vec![PollFd::new(&stop, PollFlags::IN), PollFd::new(&doorbell, PollFlags::IN)];
+        set.extend(more.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        match poll(&mut set, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(std::io::Error::from(error).into()),
+        }
+        let (stopped, rung) = (!set[0].revents().is_empty(), !set[1].revents().is_empty());
+        if rung {
+            let _ = self.doorbell.read();
+        }
+        Ok(!stopped)
+    }
+
+    /// Whether the thread shall end.
+    pub fn stopping(&self) -> bool {
+        let stop = borrow(&self.stop);
+        let mut set = [PollFd::new(&stop, PollFlags::IN)];
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut set, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// Borrows an eventfd for polling.
+pub fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open as long as the EventFd it is borrowed from.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// Interrupts of a device's queues.
+pub struct QueueInterrupt {
+    /// The function's vectors.
+    pub msix: Arc<Msix>,
+    /// The function's ISR status.
+    pub isr: Arc<AtomicU8>,
+    /// Vector of each queue.
+    pub vectors: Vec<u16>,
+}
+
+impl QueueInterrupt {
+    fn signal(&self, queue: usize) {
+        self.isr.fetch_or(1, Ordering::AcqRel);
+        self.msix.signal(self.vectors.get(queue).copied().unwrap_or(NO_VECTOR));
+    }
+}

@@ -11,9 +11,10 @@ pub mod run;
 pub mod vcpu;
 
 use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use memory::Ram;
 use std::sync::Arc;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Most vCPUs of a guest: LAPIC ids stay in one byte.
 pub const VCPUS_MAX: u8 = 64;
@@ -124,7 +125,7 @@ fn split_interrupt_chip(vm: &VmFd) -> Result<(), MachineError> {
     vm.enable_cap(&cap).map_err(kvm("ENABLE_CAP split irqchip"))
 }
 
-/// Delivers message-signalled interrupts to the guest, from any thread.
+/// Interrupts to the guest and doorbells from it, from any thread.
 ///
 /// One `KVM_SIGNAL_MSI` is one system call and needs neither a routing table (whose change waits
 /// for every vCPU) nor an eventfd for each vector.
@@ -148,5 +149,19 @@ impl Interrupts {
             ..Default::default()
         };
         let _ = self.vm.signal_msi(msi);
+    }
+
+    /// Has the kernel write `event` when the guest writes to `address`, whatever the width.
+    pub fn register_doorbell(&self, event: &EventFd, address: u64) -> Result<(), MachineError> {
+        self.vm
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(kvm("IOEVENTFD"))
+    }
+
+    /// Takes a doorbell back; it waits for every vCPU, milliseconds.
+    pub fn unregister_doorbell(&self, event: &EventFd, address: u64) -> Result<(), MachineError> {
+        self.vm
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(kvm("IOEVENTFD (deassign)"))
     }
 }

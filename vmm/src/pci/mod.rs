@@ -1,1 +1,285 @@
-//! PCI.
+//! PCI bus 0 as the guest sees it: configuration space (ECAM), BARs, and the hot-plug controller
+//! of `abi::boot`.
+//!
+//! Every access is a vCPU's exit and takes the bus lock; data never passes here (doorbells are
+//! ioeventfds, interrupts are sent by device threads). Slot 0 is the host bridge; a device takes
+//! the lowest free slot.
+
+pub mod config_space;
+pub mod function;
+pub mod msix;
+pub mod registers;
+
+use crate::devices::{Device, DeviceKind};
+use crate::machine::Interrupts;
+use crate::machine::memory::Ram;
+use abi::boot::{
+    DeviceEntry, HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_SIZE, HOTPLUG_START, HOTPLUG_VECTOR,
+    PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO_PER_SLOT, PCI_MMIO_START, PCI_SLOTS,
+};
+use config_space::ConfigSpace;
+use function::{Function, Retired};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+const MSI_ADDRESS: u64 = 0xFEE0_0000;
+
+/// Why a device could not be plugged or taken away.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlugError {
+    /// Another device has this id.
+    #[error("device {0:?} exists")]
+    Exists(String),
+    /// No device has this id.
+    #[error("no {1} {0:?} is plugged")]
+    NotFound(String, DeviceKind),
+    /// Every slot is taken.
+    #[error("all {} slots are taken", PCI_SLOTS - 1)]
+    Full,
+    /// The guest did not let go of it.
+    #[error("the guest did not let go of {0:?} within {1} s")]
+    GuestRefused(String, u64),
+    /// The host failed.
+    #[error("plug {0:?}: {1}")]
+    Host(String, String),
+}
+
+/// Bus 0, shared by vCPUs and control threads.
+pub struct Bus {
+    state: Mutex<State>,
+    ejected: Condvar,
+    interrupts: Interrupts,
+    ram: Ram,
+}
+
+struct State {
+    bridge: ConfigSpace,
+    slots: [Option<Function>; PCI_SLOTS],
+    up: u32,
+    down: u32,
+    retired: Vec<(String, DeviceKind, Retired)>,
+}
+
+/// Ids on the bus.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plugged {
+    /// Disks.
+    pub disks: Vec<String>,
+    /// Disks the guest was asked for, or whose host side is still closing.
+    pub disks_leaving: Vec<String>,
+    /// Network devices.
+    pub nets: Vec<String>,
+}
+
+impl Bus {
+    /// A bus with nothing but its bridge.
+    pub fn new(ram: Ram, interrupts: Interrupts) -> Bus {
+        let state = State {
+            bridge: ConfigSpace::host_bridge(),
+            slots: [const { None }; PCI_SLOTS],
+            up: 0,
+            down: 0,
+            retired: Vec::new(),
+        };
+        Bus { state: Mutex::new(state), ejected: Condvar::new(), interrupts, ram }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Plugs a device before the guest runs.
+    pub fn add_at_boot(&self, device: Device) -> Result<DeviceEntry, PlugError> {
+        let mut state = self.lock();
+        let slot = self.place(&mut state, device, true)?;
+        let function = state.slots[slot].as_ref().ok_or(PlugError::Full)?;
+        Ok(function.table_entry(slot as u16))
+    }
+
+    /// Plugs a device into the running guest and tells it.
+    pub fn add(&self, device: Device) -> Result<(), PlugError> {
+        let mut state = self.lock();
+        let slot = self.place(&mut state, device, false)?;
+        state.up |= 1 << slot;
+        drop(state);
+        self.announce();
+        Ok(())
+    }
+
+    fn place(&self, state: &mut State, device: Device, at_boot: bool) -> Result<usize, PlugError> {
+        let id = device.id.clone();
+        state.retired.retain(|(_, _, retired)| !retired.is_closed());
+        let known = state.slots.iter().flatten().any(|function| function.id == id);
+        if known || state.retired.iter().any(|(old, _, _)| *old == id) {
+            return Err(PlugError::Exists(id));
+        }
+        let slot = (1..PCI_SLOTS).find(|slot| state.slots[*slot].is_none()).ok_or(PlugError::Full)?;
+        let bar = PCI_MMIO_START + slot as u64 * PCI_MMIO_PER_SLOT;
+        let function = Function::new(device, bar, at_boot, self.ram.clone(), self.interrupts.clone())
+            .map_err(|error| PlugError::Host(id, error.to_string()))?;
+        state.slots[slot] = Some(function);
+        Ok(slot)
+    }
+
+    fn announce(&self) {
+        self.interrupts.signal(MSI_ADDRESS, u32::from(HOTPLUG_VECTOR));
+    }
+
+    /// Asks the guest for a device and waits until it let go and the host side is closed.
+    ///
+    /// # Errors
+    /// [`PlugError::GuestRefused`] after `timeout`; the guest stays asked, and may let go later.
+    pub fn remove(&self, id: &str, kind: DeviceKind, timeout: Duration) -> Result<(), PlugError> {
+        let mut state = self.lock();
+        let slot = (1..PCI_SLOTS)
+            .find(|slot| state.slots[*slot].as_ref().is_some_and(|function| function.id == id && function.kind == kind));
+        if let Some(slot) = slot {
+            state.down |= 1 << slot;
+            self.announce();
+            let still_there =
+                |state: &mut State| state.slots[slot].as_ref().is_some_and(|function| function.id == id);
+            let waited = self.ejected.wait_timeout_while(state, timeout, still_there);
+            let (after, result) = waited.unwrap_or_else(PoisonError::into_inner);
+            if result.timed_out() {
+                return Err(PlugError::GuestRefused(id.into(), timeout.as_secs()));
+            }
+            state = after;
+        }
+        let retired = state.retired.iter().position(|(old, old_kind, _)| old == id && *old_kind == kind);
+        match (retired, slot) {
+            (Some(index), _) => {
+                let (_, _, retired) = state.retired.swap_remove(index);
+                drop(state);
+                retired.wait();
+                Ok(())
+            }
+            (None, Some(_)) => Ok(()),
+            (None, None) => Err(PlugError::NotFound(id.into(), kind)),
+        }
+    }
+
+    /// What is plugged.
+    pub fn plugged(&self) -> Plugged {
+        let mut state = self.lock();
+        state.retired.retain(|(_, _, retired)| !retired.is_closed());
+        let mut plugged = Plugged::default();
+        for (slot, function) in state.slots.iter().enumerate() {
+            let Some(function) = function else { continue };
+            match function.kind {
+                DeviceKind::Net => plugged.nets.push(function.id.clone()),
+                DeviceKind::Disk => {
+                    plugged.disks.push(function.id.clone());
+                    if state.down & 1 << slot != 0 {
+                        plugged.disks_leaving.push(function.id.clone());
+                    }
+                }
+            }
+        }
+        let closing = state.retired.iter().filter(|(_, kind, _)| *kind == DeviceKind::Disk);
+        plugged.disks_leaving.extend(closing.map(|(id, _, _)| id.clone()));
+        plugged
+    }
+
+    /// The packet ring descriptors of a network device.
+    pub fn ring(&self, id: &str) -> Result<[std::os::fd::OwnedFd; 3], PlugError> {
+        let state = self.lock();
+        let function = state.slots.iter().flatten().find(|function| function.id == id);
+        let region = function
+            .and_then(|function| function.ring.as_ref())
+            .ok_or_else(|| PlugError::NotFound(id.into(), DeviceKind::Net))?;
+        region.descriptors().map_err(|error| PlugError::Host(id.into(), error.to_string()))
+    }
+
+    /// A vCPU reads; addresses that nothing decodes keep what `data` holds (all ones).
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        let mut state = self.lock();
+        if let Some(offset) = inside(address, PCI_ECAM_START, PCI_ECAM_SIZE) {
+            state.ecam(offset, |target, register| match target {
+                Target::Bridge(bridge) => bridge.read(register, data),
+                Target::Function(function) => function.config_read(register, data),
+            });
+        } else if let Some(offset) = inside(address, HOTPLUG_START, HOTPLUG_SIZE) {
+            let value = match offset {
+                HOTPLUG_REG_UP => std::mem::take(&mut state.up),
+                HOTPLUG_REG_DOWN => state.down,
+                _ => 0,
+            };
+            let bytes = value.to_le_bytes();
+            for (byte, value) in data.iter_mut().zip(bytes.into_iter().chain(std::iter::repeat(0))) {
+                *byte = value;
+            }
+        } else if let Some((function, offset)) = state.decode(address) {
+            function.bar_read(offset, data);
+        }
+    }
+
+    /// A vCPU writes; addresses that nothing decodes take no notice.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        let mut state = self.lock();
+        if let Some(offset) = inside(address, PCI_ECAM_START, PCI_ECAM_SIZE) {
+            state.ecam(offset, |target, register| match target {
+                Target::Bridge(bridge) => bridge.write(register, data),
+                Target::Function(function) => function.config_write(register, data),
+            });
+        } else if let Some(offset) = inside(address, HOTPLUG_START, HOTPLUG_SIZE) {
+            if let (HOTPLUG_REG_EJECT, Ok(bits)) = (offset, <[u8; 4]>::try_from(data)) {
+                state.eject(u32::from_le_bytes(bits));
+                drop(state);
+                self.ejected.notify_all();
+            }
+        } else if let Some((function, offset)) = state.decode(address) {
+            function.bar_write(offset, data);
+        }
+    }
+}
+
+enum Target<'a> {
+    Bridge(&'a mut ConfigSpace),
+    Function(&'a mut Function),
+}
+
+impl State {
+    fn ecam(&mut self, offset: u64, access: impl FnOnce(Target<'_>, usize)) {
+        const SLOT_BYTES: u64 = 0x8000;
+        const FUNCTION_BYTES: u64 = 0x1000;
+        let slot = (offset / SLOT_BYTES) as usize;
+        let within = offset % SLOT_BYTES;
+        if within >= FUNCTION_BYTES {
+            return;
+        }
+        if slot == 0 {
+            access(Target::Bridge(&mut self.bridge), within as usize);
+        } else if let Some(function) = self.slots.get_mut(slot).and_then(Option::as_mut) {
+            access(Target::Function(function), within as usize);
+        }
+    }
+
+    fn decode(&mut self, address: u64) -> Option<(&mut Function, u64)> {
+        let slot = self
+            .slots
+            .iter()
+            .position(|function| function.as_ref().is_some_and(|function| function.decodes(address).is_some()))?;
+        let function = self.slots[slot].as_mut()?;
+        let offset = function.decodes(address)?;
+        Some((function, offset))
+    }
+
+    /// The guest let go of slots; only those it was asked for count.
+    fn eject(&mut self, bits: u32) {
+        for slot in 1..PCI_SLOTS {
+            if bits & self.down & 1 << slot == 0 {
+                continue;
+            }
+            self.down &= !(1 << slot);
+            self.up &= !(1 << slot);
+            if let Some(function) = self.slots[slot].take() {
+                let (id, kind) = (function.id.clone(), function.kind);
+                self.retired.push((id, kind, function.retire()));
+            }
+        }
+    }
+}
+
+fn inside(address: u64, start: u64, size: u64) -> Option<u64> {
+    address.checked_sub(start).filter(|offset| *offset < size)
+}

@@ -12,7 +12,8 @@ use crate::machine::boot::{self, Parameters};
 use crate::machine::memory::Ram;
 use crate::machine::run::Gate;
 use crate::machine::vcpu::{self, End, Exits};
-use crate::machine::{Host, Machine, MachineError};
+use crate::machine::{Host, Interrupts, Machine, MachineError};
+use crate::pci::{Bus, PlugError};
 use abi::boot::{MARK_MAIN, MARK_NETWORK, PORT_BOOT_TIMER, PORT_CONSOLE, PORT_EXIT};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -22,11 +23,15 @@ pub enum StartError {
     /// The machine could not be made.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// A device could not be plugged.
+    #[error(transparent)]
+    Plug(#[from] PlugError),
 }
 
 /// What the threads of a guest share.
 pub struct Guest {
     ram: Ram,
+    bus: Bus,
     console: Mutex<Console>,
     clock: Clock,
     gate: Gate,
@@ -36,6 +41,8 @@ pub struct Guest {
 /// Starts the guest and stays until it ends; returns only where it could not start.
 pub fn run(host: &Host, config: &VmConfig, resources: Resources, clock: Clock, speak: bool) -> Result<(), StartError> {
     let mut machine = Machine::create(host, config.memory_mib, config.vcpus)?;
+    let bus = Bus::new(machine.ram.clone(), Interrupts::new(Arc::clone(&machine.vm)));
+    let table = resources.devices.into_iter().map(|device| bus.add_at_boot(device)).collect::<Result<Vec<_>, _>>()?;
     let image = boot::load(&machine.ram, &resources.kernel)?;
     boot::write_page_tables(&machine.ram, config.memory_mib)?;
     let first = &machine.vcpus[0];
@@ -47,13 +54,14 @@ pub fn run(host: &Host, config: &VmConfig, resources: Resources, clock: Clock, s
             memory_mib: config.memory_mib,
             image,
             cmdline: &config.boot.cmdline,
-            devices: &[],
+            devices: &table,
             tsc_hz: vcpu::tsc_hz(first)?,
             cpu_features: vcpu::features(host.cpuid()),
         },
     )?;
     let guest = Arc::new(Guest {
         ram: machine.ram.clone(),
+        bus,
         console: Mutex::new(Console::new(resources.console)),
         clock,
         gate: Gate::new(machine.vcpus.len()),
@@ -94,9 +102,13 @@ impl Exits for Guest {
 
     fn port_read(&self, _port: u16, _data: &mut [u8]) {}
 
-    fn mmio_write(&self, _address: u64, _data: &[u8]) {}
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.bus.write(address, data);
+    }
 
-    fn mmio_read(&self, _address: u64, _data: &mut [u8]) {}
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.bus.read(address, data);
+    }
 
     fn exited(&self) {
         self.clock.first_exit.reach();

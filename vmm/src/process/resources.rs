@@ -3,6 +3,7 @@
 
 use crate::config::{Resource, VmConfig};
 use crate::devices::console::{RingFile, Sink};
+use crate::devices::{Device, blk, net};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -135,12 +136,13 @@ fn open_error(what: &str, path: &Path, source: io::Error) -> ResourceError {
 }
 
 /// What a guest needs of its host, open.
-#[derive(Debug)]
 pub struct Resources {
     /// The kernel image.
     pub kernel: File,
     /// Where console output goes.
     pub console: Sink,
+    /// Disks, then network devices: slot order.
+    pub devices: Vec<Device>,
     /// The control socket.
     pub control: Option<UnixListener>,
     /// Where the exit record is written.
@@ -168,6 +170,13 @@ impl Resources {
             .transpose()?;
         let control =
             config.control.as_ref().map(|resource| supply.listener(resource, "control")).transpose()?;
-        Ok(Resources { kernel, console, control, exit_record })
+        let mut devices = Vec::new();
+        for disk in &config.disks {
+            devices.push(blk::open(disk, supply)?);
+        }
+        for network in &config.nets {
+            devices.push(net::open(network, supply)?);
+        }
+        Ok(Resources { kernel, console, devices, control, exit_record })
     }
 }

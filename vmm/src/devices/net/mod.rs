@@ -1,0 +1,166 @@
+//! virtio-net (virtio 1.2, section 5.1): a receive and a transmit queue, one thread, no offloads.
+//!
+//! Frames are copied between virtqueues and the packet ring (or a TAP interface): the switch
+//! never maps guest memory. A full ring drops the guest's frame, as a full switch does; frames
+//! to a guest without receive buffers wait in the ring.
+
+pub mod link;
+
+use super::chain::{Buffers, copy_in, copy_out, total};
+use super::{Backend, Device, DeviceError, DeviceKind, Work};
+use crate::config::{NetBackend, NetConfig};
+use crate::process::resources::{ResourceError, Supply};
+use abi::packet_ring::{FRAME_BYTES_MAX, Region};
+use link::Link;
+use std::sync::Arc;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::QueueT;
+
+const QUEUE_SIZE: u16 = 256;
+const RECEIVE: usize = 0;
+const TRANSMIT: usize = 1;
+/// `struct virtio_net_hdr_v1`.
+const HEADER_BYTES: usize = 12;
+/// Offset of `num_buffers` in it.
+const NUM_BUFFERS: usize = 10;
+/// Shortest frame: an Ethernet header.
+const FRAME_BYTES_MIN: usize = 14;
+/// Frames moved in one direction before the other has its turn.
+const BATCH: usize = 256;
+
+/// A network device's backend.
+pub struct Nic {
+    link: Link,
+    /// A frame for the guest that found no receive buffer yet.
+    waiting: Option<usize>,
+    received: Box<[u8; HEADER_BYTES + FRAME_BYTES_MAX]>,
+    sent: Box<[u8; HEADER_BYTES + FRAME_BYTES_MAX]>,
+    dropped: u64,
+}
+
+/// Opens a network device.
+pub fn open(config: &NetConfig, supply: &mut Supply) -> Result<Device, ResourceError> {
+    let what = format!("net {:?}", config.id);
+    let unusable = |reason: String| ResourceError::Unusable { what: what.clone(), reason };
+    let mac = config.mac_bytes().ok_or_else(|| unusable(format!("mac {:?} is not one", config.mac)))?;
+    let (link, ring) = match &config.backend {
+        NetBackend::Ring(indices) => {
+            let [memory, from_guest, to_guest] = indices.map(|index| supply.descriptor(index, &what));
+            let region = Region::map(memory?, from_guest?, to_guest?).map_err(|error| unusable(error.to_string()))?;
+            let link = Link::ring(&region).map_err(|error| unusable(error.to_string()))?;
+            (link, Some(Arc::new(region)))
+        }
+        NetBackend::Tap(resource) => (Link::tap(resource, supply, &what)?, None),
+    };
+    let features = 1 << VIRTIO_NET_F_MAC
+        | 1 << VIRTIO_NET_F_MTU
+        | 1 << VIRTIO_NET_F_STATUS
+        | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        | 1 << VIRTIO_RING_F_EVENT_IDX;
+    let mut device_config = mac.to_vec();
+    for half in [VIRTIO_NET_S_LINK_UP as u16, 1, config.mtu] {
+        device_config.extend_from_slice(&half.to_le_bytes());
+    }
+    Ok(Device {
+        id: config.id.clone(),
+        kind: DeviceKind::Net,
+        virtio_type: 1,
+        features,
+        queue_sizes: vec![QUEUE_SIZE; 2],
+        config: device_config,
+        ring,
+        backend: Box::new(Nic::new(link)),
+    })
+}
+
+impl Nic {
+    fn new(link: Link) -> Nic {
+        let buffer = || Box::new([0; HEADER_BYTES + FRAME_BYTES_MAX]);
+        let mut received = buffer();
+        received[NUM_BUFFERS] = 1;
+        Nic { link, waiting: None, received, sent: buffer(), dropped: 0 }
+    }
+
+    /// Guest to switch; `true` where something moved.
+    fn transmit(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
+        let ram = work.ram.clone();
+        let mut moved = 0;
+        while moved < BATCH {
+            let Some(chain) = work.queues[TRANSMIT].pop_descriptor_chain(&ram) else { break };
+            let head = chain.head_index();
+            let len = Buffers::collect(chain, &ram).map_or(0, |buffers| {
+                let len = total(&buffers.readable);
+                if len <= self.sent.len() { copy_out(&ram, &buffers.readable, &mut self.sent[..]) } else { 0 }
+            });
+            let fits = (HEADER_BYTES + FRAME_BYTES_MIN..=HEADER_BYTES + FRAME_BYTES_MAX).contains(&len);
+            if !(fits && self.link.send(&self.sent[HEADER_BYTES..len])?) {
+                self.dropped += 1;
+            }
+            work.queues[TRANSMIT].add_used(&ram, head, 0)?;
+            moved += 1;
+        }
+        if moved > 0 {
+            self.link.flush()?;
+            work.interrupt(TRANSMIT)?;
+        }
+        Ok(moved > 0)
+    }
+
+    /// Switch to guest; `true` where something moved.
+    fn receive(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
+        let ram = work.ram.clone();
+        let mut moved = 0;
+        while moved < BATCH {
+            if self.waiting.is_none() {
+                self.waiting = self.link.receive(&mut self.received[HEADER_BYTES..])?;
+            }
+            let Some(len) = self.waiting else { break };
+            let Some(chain) = work.queues[RECEIVE].pop_descriptor_chain(&ram) else { break };
+            let head = chain.head_index();
+            let whole = HEADER_BYTES + len;
+            let written = Buffers::collect(chain, &ram)
+                .filter(|buffers| total(&buffers.writable) >= whole)
+                .map_or(0, |buffers| copy_in(&ram, &buffers.writable, &self.received[..whole]));
+            self.dropped += u64::from(written != whole);
+            self.waiting = None;
+            work.queues[RECEIVE].add_used(&ram, head, written as u32)?;
+            moved += 1;
+        }
+        if moved > 0 {
+            work.interrupt(RECEIVE)?;
+        }
+        Ok(moved > 0)
+    }
+
+    /// Whether nothing came meanwhile and the thread may sleep.
+    fn may_sleep(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
+        let more_to_send = work.idle(TRANSMIT)?;
+        let more = if self.waiting.is_some() { work.idle(RECEIVE)? } else { !self.link.prepare_sleep() };
+        Ok(!more_to_send && !more)
+    }
+}
+
+impl Backend for Nic {
+    fn run(&mut self, mut work: Work) -> Result<(), DeviceError> {
+        loop {
+            work.busy(TRANSMIT)?;
+            work.busy(RECEIVE)?;
+            let sent = self.transmit(&mut work)?;
+            let received = self.receive(&mut work)?;
+            if sent || received {
+                if work.stopping() {
+                    return Ok(());
+                }
+                continue;
+            }
+            if self.may_sleep(&mut work)? {
+                let more = if self.waiting.is_some() { None } else { Some(self.link.event()) };
+                if !work.wait(more)? {
+                    return Ok(());
+                }
+                self.link.woken();
+            }
+        }
+    }
+}
