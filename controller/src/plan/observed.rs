@@ -1,0 +1,57 @@
+//! What an agent sees on its host, in the controller's words.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::ids::{PortId, ServerId, VolumeId};
+
+/// Everything that matters for the plan, as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Guests with a directory on this host.
+    pub guests: BTreeMap<ServerId, Guest>,
+    /// Volumes in this host's storage.
+    pub volumes: BTreeMap<VolumeId, Volume>,
+    /// Contents of images that storage holds.
+    pub images: BTreeSet<String>,
+    /// The switch.
+    pub switch: Switch,
+}
+
+/// A guest on this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Guest {
+    /// The generation it was started with.
+    pub generation: u64,
+    /// How it is.
+    pub state: GuestState,
+    /// Volumes plugged into it.
+    pub volumes: BTreeSet<VolumeId>,
+}
+
+/// How a guest is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuestState {
+    /// Its process lives.
+    Running,
+    /// It ended by itself, or its process died: why.
+    Ended(String),
+    /// It was not started, or ended with the host or by the operator's stop of the node; its
+    /// disks may be there.
+    Absent,
+}
+
+/// A volume in this host's storage.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Who may write to it by the gate's own record.
+    pub holder: Option<(ServerId, u64)>,
+}
+
+/// The switch.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Switch {
+    /// Whether the program in force is the wanted one.
+    pub programmed: bool,
+    /// Attached ports and the generation they were attached with.
+    pub attached: BTreeMap<PortId, u64>,
+}

@@ -1,0 +1,83 @@
+//! What the cluster knows of itself: its hosts and the tokens that admit new ones.
+
+use std::net::SocketAddr;
+
+use imbl::OrdMap;
+use serde::{Deserialize, Serialize};
+
+use crate::ids::HostId;
+
+/// The cluster.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// The cluster's UUID; empty before `Init`.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// The region its catalog shows.
+    pub region: String,
+    /// The hosts, removed ones absent.
+    pub hosts: OrdMap<HostId, Host>,
+    /// Tokens for joining, by the hash of their secret.
+    pub join_tokens: OrdMap<String, JoinToken>,
+    /// The id the next host gets. Only grows: a host's id is never reused.
+    pub next_host_id: u64,
+}
+
+/// Where a host is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostAddresses {
+    /// Its HTTPS API.
+    pub api: SocketAddr,
+    /// Raft between nodes.
+    pub raft: SocketAddr,
+    /// Its storage process, for other hosts (NBD over TLS).
+    pub storage: SocketAddr,
+    /// Its tunnel end point (VXLAN over UDP).
+    pub tunnel: SocketAddr,
+    /// The name in its certificate.
+    pub server_name: String,
+}
+
+/// What a host has to give to guests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capacity {
+    /// Logical CPUs.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub ram_mib: u64,
+    /// Disk in GiB.
+    pub disk_gib: u64,
+}
+
+/// A host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// Its id.
+    pub id: HostId,
+    /// Its name, unique in the cluster.
+    pub name: String,
+    /// Where it is reached.
+    pub addresses: HostAddresses,
+    /// What it has to give.
+    pub capacity: Capacity,
+    /// The availability zone it belongs to.
+    pub availability_zone: String,
+    /// True when nothing new is to be placed on it.
+    pub disabled: bool,
+    /// Why it is disabled.
+    pub disabled_reason: Option<String>,
+    /// True when an operator declared it dead.
+    pub forced_down: bool,
+    /// When it joined.
+    pub registered_ms: u64,
+}
+
+/// A one-time permission to join.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoinToken {
+    /// Until when it is good.
+    pub expires_ms: u64,
+    /// The host that used it.
+    pub used_by: Option<HostId>,
+}

@@ -1,0 +1,7 @@
+//! The image service's part of the replicated state.
+
+mod commands;
+mod state;
+
+pub use commands::*;
+pub use state::*;
