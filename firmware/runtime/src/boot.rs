@@ -1,7 +1,9 @@
 //! The boot parameters, checked once at the start and readable from everywhere after.
 
 use crate::OneThread;
-use abi::boot::{BOOT_MAGIC, BOOT_VERSION, BootParams, DeviceEntry};
+#[cfg(not(test))]
+use abi::boot::{BOOT_MAGIC, BOOT_VERSION};
+use abi::boot::{BootParams, DeviceEntry};
 
 static PARAMETERS: OneThread<Option<&'static BootParams>> = OneThread::new(None);
 
@@ -9,6 +11,7 @@ static PARAMETERS: OneThread<Option<&'static BootParams>> = OneThread::new(None)
 ///
 /// # Safety
 /// Called once, before anything else; `address` is what the VMM left in `rdi`.
+#[cfg(not(test))]
 pub(crate) unsafe fn accept(address: *const BootParams) -> bool {
     // SAFETY: the entry contract: a `BootParams` that nobody changes lies there.
     let parameters = unsafe { &*address };

@@ -209,8 +209,11 @@ unsafe extern "C" {
 }
 
 /// First code at CPL3: checks the boot parameters, opens console and heap, runs `guest_main`.
-pub extern "C" fn start(parameters: *const BootParams) -> ! {
-    // SAFETY: called once, by `_start`, with what the VMM left in `rdi`.
+///
+/// # Safety
+/// Called once, by `_start`, with what the VMM left in `rdi`.
+pub unsafe extern "C" fn start(parameters: *const BootParams) -> ! {
+    // SAFETY: the caller's promise is the one that `accept` asks for.
     if !unsafe { boot::accept(parameters) } {
         cpu::exit(100);
     }

@@ -165,13 +165,16 @@ impl NetDevice {
         self.transmit.get_mut().ring.publish();
     }
 
-    /// Asks for an interrupt at the next frame, and at a free transmit buffer where there is
-    /// none. `false`: look again first.
+    /// Asks for an interrupt at the next frame, or, where every transmit buffer is in use (no
+    /// frame is received then), when one is free. `false`: look again first.
     #[must_use]
     pub fn arm(&mut self) -> bool {
         let transmit = self.transmit.get_mut();
-        let transmit_ready = !transmit.free.is_empty() || transmit.ring.queue.arm();
-        self.receive.get_mut().queue.arm() && transmit_ready
+        if transmit.free.is_empty() {
+            transmit.ring.queue.arm()
+        } else {
+            self.receive.get_mut().queue.arm()
+        }
     }
 
     /// No interrupts until the next [`NetDevice::arm`].
