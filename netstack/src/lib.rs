@@ -13,8 +13,13 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod compile;
 pub mod control;
+mod io;
+mod pipeline;
 pub mod program;
+mod service;
+mod wire;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -29,3 +34,9 @@ pub struct SwitchConfig {
 }
 
 pub use client::Client;
+pub use io::{Error, Switch};
+
+/// Runs a switch; returns only with what ended it.
+pub fn run(config: SwitchConfig) -> Result<(), Error> {
+    Switch::bind(&config)?.run()
+}
