@@ -24,9 +24,16 @@ use world::World;
 /// How long DHCP may take before the guest goes on without a network.
 const DHCP_MICROS_MAX: u64 = 10_000_000;
 
+/// The mark comes first, and from a page that the entry stub has touched already.
 #[unsafe(no_mangle)]
+#[unsafe(link_section = ".text.entry")]
 fn guest_main() -> ! {
     cpu::mark(MARK_MAIN);
+    live()
+}
+
+#[inline(never)]
+fn live() -> ! {
     println!("trine: booted {}", env!("CARGO_PKG_VERSION"));
     if boot::has_word("exit-after-main") {
         cpu::exit(0);

@@ -5,7 +5,7 @@
 //!                                                    │ int3 (rdi = call)
 //!                           supervisor_call (CPL0) ◀─┘  wrmsr, or arm the timer and halt
 //! interrupt_* (CPL0, own stack): leave a note, end of interrupt, iretq
-//! fault_* (CPL0): write down what happened, continue at CPL3 in `fault`
+//! fault_* (CPL0, from `interrupts::open` on): write down what happened, continue at CPL3 in `fault`
 //! ```
 //! Stubs are as short as can be and touch no SSE register: a KVM without hardware support
 //! interprets them. Interrupts have a stack of their own (IST1), because they may arrive while
@@ -172,16 +172,18 @@ tss_ports:
     .byte 0xff
 tss_end:
 
-    .section .bss, "aw", @nobits
+    // Beside GDT and TSS, so that the first instructions touch one page of data.
+    .zero 1024
+    .balign 16
+call_stack_top:
+    .zero 1024
+interrupt_stack_top:
+
+    .section .stacks, "aw", @nobits
     .balign 4096
     .global interrupt_gates
 interrupt_gates:
     .zero 4096
-    .zero 1024
-call_stack_top:
-    .zero 1024
-interrupt_stack_top:
-    .zero 2040
     .global fault_record
 fault_record:
     .zero 40
@@ -212,6 +214,7 @@ unsafe extern "C" {
 ///
 /// # Safety
 /// Called once, by `_start`, with what the VMM left in `rdi`.
+#[unsafe(link_section = ".text.entry")]
 pub unsafe extern "C" fn start(parameters: *const BootParams) -> ! {
     // SAFETY: the caller's promise is the one that `accept` asks for.
     if !unsafe { boot::accept(parameters) } {
@@ -219,7 +222,6 @@ pub unsafe extern "C" fn start(parameters: *const BootParams) -> ! {
     }
     console::open();
     memory::open();
-    interrupts::fill_gates();
     guest_main()
 }
 

@@ -51,7 +51,7 @@ mod gates {
     }
 
     /// Writes the gates. It runs at CPL3, where it costs nothing; the stub has loaded the table.
-    pub(crate) fn fill_gates() {
+    pub(super) fn fill() {
         let stubs = fault_stubs as *const () as usize;
         for vector in 0..FAULT_VECTORS {
             set(vector, gate(stubs + vector * FAULT_STUB_BYTES, 0, PRESENT_INTERRUPT_GATE));
@@ -72,8 +72,6 @@ mod gates {
         unsafe { (&raw mut interrupt_gates).cast::<[u64; 2]>().add(vector).write_volatile(gate) };
     }
 }
-#[cfg(not(test))]
-pub(crate) use gates::fill_gates;
 
 const CALL_HALT: u64 = 0;
 const CALL_WRMSR: u64 = 1;
@@ -85,8 +83,11 @@ fn write_msr(msr: u32, value: u64) {
     }
 }
 
-/// Opens the local APIC (x2APIC) and its timer. Without it nothing wakes a halted guest.
+/// Opens the interrupt gates, the local APIC (x2APIC) and its timer. Without it nothing wakes a
+/// halted guest, and a fault ends it without a word.
 pub fn open() {
+    #[cfg(not(test))]
+    gates::fill();
     const APIC_BASE: u32 = 0x1B;
     const SPURIOUS: u32 = 0x80F;
     const TIMER: u32 = 0x832;
