@@ -1,7 +1,7 @@
 //! The virtual machine monitor: one guest in one process.
 //!
 //! A guest is described by [`config::VmConfig`]. It is started by the spawner
-//! (`spawner::Client`, for the node) or alone (`trine-vmm run --config FILE`), and asked
+//! ([`spawner::Client`], for the node) or alone (`trine-vmm run --config FILE`), and asked
 //! things over its control socket ([`control::Client`]).
 //!
 //! It never knows OpenStack, Raft or the switch's rules; it never opens a path or connects a
@@ -18,3 +18,4 @@ pub mod pci;
 pub mod probe;
 pub mod process;
 
+pub use process::spawner;

@@ -8,6 +8,8 @@ trine-vmm: a virtual machine monitor, one guest in one process
 
 Usage:
   trine-vmm run --config FILE   run the guest that FILE describes; its exit code is the guest's
+  trine-vmm tier                say how tightly a guest is closed in here
+  trine-vmm spawner             start guests for a node; its socket is standard input
   trine-vmm --help              this text
 
 A configuration (JSON; every path is opened before the sandbox closes):
@@ -28,9 +30,19 @@ fn main() -> ExitCode {
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
         ["run", "--config", file] => {
-            let problems = vmm::process::standalone::run(Path::new(file));
-            fail(&problems)
+            vmm::process::standalone::run(Path::new(file)).map_or_else(|problems| fail(&problems), ExitCode::from)
         }
+        ["spawner"] => match vmm::spawner::server::run() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&[format!("spawner: {error}")]),
+        },
+        ["tier"] => match vmm::process::sandbox::Sandbox::prepare() {
+            Ok(sandbox) => {
+                println!("{}", sandbox.tier());
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(&[error.to_string()]),
+        },
         ["--help" | "-h" | "help"] => {
             print!("{USAGE}");
             ExitCode::SUCCESS

@@ -1,7 +1,7 @@
 //! The rules a configuration keeps, checked once; each broken rule is one line that names the
 //! key, the value and what would be right.
 
-use super::{NetConfig, Resource, VmConfig};
+use super::{DiskConfig, NetConfig, Resource, VmConfig};
 use crate::machine::VCPUS_MAX;
 use crate::machine::boot::CMDLINE_BYTES_MAX;
 use crate::machine::memory::{MEMORY_MIB_MAX, MEMORY_MIB_MIN};
@@ -83,13 +83,12 @@ impl VmConfig {
         let mut ids = BTreeSet::new();
         let names = self.disks.iter().map(|disk| &disk.id).chain(self.nets.iter().map(|net| &net.id));
         for id in names {
-            if id.is_empty() || id.len() > NAME_BYTES_MAX {
-                problems.push(format!("device id {id:?}: from 1 to {NAME_BYTES_MAX} bytes"));
-            } else if !ids.insert(id) {
+            if !ids.insert(id) {
                 problems.push(format!("device id {id:?} is used twice"));
             }
         }
-        problems.extend(self.nets.iter().filter_map(|net| net.problem()));
+        problems.extend(self.disks.iter().filter_map(DiskConfig::problem));
+        problems.extend(self.nets.iter().filter_map(NetConfig::problem));
         problems
     }
 
@@ -117,6 +116,21 @@ impl VmConfig {
     }
 }
 
+fn id_problem(id: &str) -> Option<String> {
+    let fits = (1..=NAME_BYTES_MAX).contains(&id.len());
+    (!fits).then(|| format!("device id {id:?}: from 1 to {NAME_BYTES_MAX} bytes"))
+}
+
+impl DiskConfig {
+    /// The rule this device breaks, if any.
+    pub fn problem(&self) -> Option<String> {
+        let len = self.serial.len();
+        let serial = (len > NAME_BYTES_MAX)
+            .then(|| format!("disk {:?}: serial of {len} bytes; at most {NAME_BYTES_MAX}", self.id));
+        id_problem(&self.id).or(serial)
+    }
+}
+
 impl NetConfig {
     /// The MAC address as bytes.
     pub fn mac_bytes(&self) -> Option<[u8; 6]> {
@@ -131,6 +145,9 @@ impl NetConfig {
 
     /// The rule this device breaks, if any.
     pub fn problem(&self) -> Option<String> {
+        if let Some(problem) = id_problem(&self.id) {
+            return Some(problem);
+        }
         if self.mac_bytes().is_none() {
             return Some(format!("net {:?}: mac {:?} is not a unicast address like fa:16:3e:00:00:01", self.id, self.mac));
         }

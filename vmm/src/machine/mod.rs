@@ -92,6 +92,11 @@ impl Host {
     pub fn cpuid(&self) -> &CpuId {
         &self.cpuid
     }
+
+    /// The open `/dev/kvm`.
+    pub fn kvm_descriptor(&self) -> std::os::fd::RawFd {
+        std::os::fd::AsRawFd::as_raw_fd(&self.kvm)
+    }
 }
 
 /// A virtual machine with memory, interrupt chip and vCPUs, not yet started.
@@ -102,6 +107,8 @@ pub struct Machine {
     pub ram: Ram,
     /// Its vCPUs, in order of their ids.
     pub vcpus: Vec<VcpuFd>,
+    /// Frequency of their time stamp counter.
+    pub tsc_hz: u64,
 }
 
 impl Machine {
@@ -115,7 +122,8 @@ impl Machine {
         let vcpus = (0..vcpus)
             .map(|id| vcpu::create(&vm, host.cpuid(), id))
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(Machine { vm: Arc::new(vm), ram, vcpus })
+        let tsc_hz = vcpus.first().map_or(Ok(0), vcpu::tsc_hz)?;
+        Ok(Machine { vm: Arc::new(vm), ram, vcpus, tsc_hz })
     }
 }
 

@@ -1,12 +1,15 @@
 //! One guest in this process, from its configuration to its end. Start reading here.
 //!
-//! The steps, in order: machine (memory, interrupt chip, vCPUs) → devices → image → boot
-//! parameters → run. The calling thread becomes vCPU 0.
+//! The steps, in order: machine (memory, interrupt chip, vCPUs) → devices → sandbox → image →
+//! boot parameters → control socket → report → run. Nothing that a tenant wrote is read before
+//! the sandbox is closed. The calling thread becomes vCPU 0.
 
 use super::ending::{Cause, Ending};
 use super::resources::Resources;
+use super::sandbox::{Sandbox, SandboxError};
 use super::timings::Clock;
 use crate::config::VmConfig;
+use crate::control::{self, SpawnReply};
 use crate::devices::console::Console;
 use crate::machine::boot::{self, Parameters};
 use crate::machine::memory::Ram;
@@ -14,7 +17,9 @@ use crate::machine::run::Gate;
 use crate::machine::vcpu::{self, End, Exits};
 use crate::machine::{Host, Interrupts, Machine, MachineError};
 use crate::pci::{Bus, PlugError};
-use abi::boot::{MARK_MAIN, MARK_NETWORK, PORT_BOOT_TIMER, PORT_CONSOLE, PORT_EXIT};
+use abi::boot::{DeviceEntry, MARK_MAIN, MARK_NETWORK, PORT_BOOT_TIMER, PORT_CONSOLE, PORT_EXIT};
+use std::convert::Infallible;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Why a guest could not start.
@@ -26,55 +31,118 @@ pub enum StartError {
     /// A device could not be plugged.
     #[error(transparent)]
     Plug(#[from] PlugError),
+    /// The process could not be closed.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    /// A thread could not be started.
+    #[error("start a thread: {0}")]
+    Thread(#[source] std::io::Error),
+    /// More vCPUs than this boot protocol starts.
+    #[error("vcpus: {0}; a unikernel has 1")]
+    Vcpus(u8),
+}
+
+/// To whom the start is reported.
+pub enum Report {
+    /// To the one who asked the spawner, with this process's pidfd.
+    Reply {
+        /// The socket for the answer.
+        socket: OwnedFd,
+        /// This process.
+        pidfd: OwnedFd,
+    },
+    /// To nobody; a crash is said on standard error.
+    Standalone,
 }
 
 /// What the threads of a guest share.
 pub struct Guest {
+    /// Its id.
+    pub id: String,
+    /// Its boot nonce.
+    pub nonce: String,
+    /// Its devices.
+    pub bus: Bus,
+    /// Holds its vCPUs while paused.
+    pub gate: Gate,
+    /// When what happened.
+    pub clock: Clock,
     ram: Ram,
-    bus: Bus,
     console: Mutex<Console>,
-    clock: Clock,
-    gate: Gate,
     ending: Ending,
 }
 
 /// Starts the guest and stays until it ends; returns only where it could not start.
-pub fn run(host: &Host, config: &VmConfig, resources: Resources, clock: Clock, speak: bool) -> Result<(), StartError> {
-    let mut machine = Machine::create(host, config.memory_mib, config.vcpus)?;
+pub fn run(
+    host: Host,
+    config: &VmConfig,
+    resources: Resources,
+    clock: Clock,
+    sandbox: Sandbox,
+    report: Report,
+) -> Result<Infallible, StartError> {
+    if config.vcpus != 1 {
+        return Err(StartError::Vcpus(config.vcpus));
+    }
+    let mut machine = Machine::create(&host, config.memory_mib, config.vcpus)?;
+    let cpu_features = vcpu::features(host.cpuid());
+    drop(host);
     let bus = Bus::new(machine.ram.clone(), Interrupts::new(Arc::clone(&machine.vm)));
     let table = resources.devices.into_iter().map(|device| bus.add_at_boot(device)).collect::<Result<Vec<_>, _>>()?;
-    let image = boot::load(&machine.ram, &resources.kernel)?;
-    boot::write_page_tables(&machine.ram, config.memory_mib)?;
-    let first = &machine.vcpus[0];
-    vcpu::set_long_mode(first)?;
-    vcpu::set_entry(first, image.entry)?;
-    boot::write_parameters(
-        &machine.ram,
-        &Parameters {
-            memory_mib: config.memory_mib,
-            image,
-            cmdline: &config.boot.cmdline,
-            devices: &table,
-            tsc_hz: vcpu::tsc_hz(first)?,
-            cpu_features: vcpu::features(host.cpuid()),
-        },
-    )?;
+    vcpu::set_long_mode(&machine.vcpus[0])?;
+    let record = resources.exit_record.as_ref().map(AsRawFd::as_raw_fd);
+    sandbox.close(&config.sandbox, record, &config.nonce)?;
+
+    load(&machine, config, &resources.kernel, &table, cpu_features)?;
+    drop(resources.kernel);
+    let speak = matches!(report, Report::Standalone);
     let guest = Arc::new(Guest {
-        ram: machine.ram.clone(),
+        id: config.id.clone(),
+        nonce: config.nonce.clone(),
         bus,
-        console: Mutex::new(Console::new(resources.console)),
-        clock,
         gate: Gate::new(machine.vcpus.len()),
+        clock,
+        ram: machine.ram.clone(),
+        console: Mutex::new(Console::new(resources.console)),
         ending: Ending::new(resources.exit_record, config.nonce.clone(), speak),
     });
-    guest.clock.run.reach();
+    guest.record_panics();
+    if let Some(listener) = resources.control {
+        control::server::start(listener, Arc::clone(&guest)).map_err(StartError::Thread)?;
+    }
     let mut first = machine.vcpus.remove(0);
+    guest.clock.run.reach();
+    guest.report(report);
     let end = vcpu::run(&mut first, 0, &guest.gate, guest.as_ref());
     guest.end(Cause::Guest(end))
 }
 
+/// Puts image, page tables and parameters into memory, and the vCPU at the image's entry.
+fn load(
+    machine: &Machine,
+    config: &VmConfig,
+    kernel: &std::fs::File,
+    devices: &[DeviceEntry],
+    cpu_features: u64,
+) -> Result<(), MachineError> {
+    let first = &machine.vcpus[0];
+    let image = boot::load(&machine.ram, kernel)?;
+    boot::write_page_tables(&machine.ram, config.memory_mib)?;
+    let parameters = Parameters {
+        memory_mib: config.memory_mib,
+        image,
+        cmdline: &config.boot.cmdline,
+        devices,
+        tsc_hz: machine.tsc_hz,
+        cpu_features,
+    };
+    boot::write_parameters(&machine.ram, &parameters)?;
+    vcpu::set_entry(first, image.entry)
+}
+
 impl Guest {
-    fn end(&self, cause: Cause) -> ! {
+    /// Takes what is left of the console, writes the exit record, and ends the process.
+    pub fn end(&self, cause: Cause) -> ! {
         self.drain_console();
         self.ending.end(cause, self.clock.timings())
     }
@@ -83,6 +151,23 @@ impl Guest {
         let taken = self.console.lock().unwrap_or_else(PoisonError::into_inner).drain(&self.ram);
         if taken > 0 {
             self.clock.console.reach();
+        }
+    }
+
+    /// A panic is a defect of ours: the guest ends, and its record says where.
+    fn record_panics(self: &Arc<Guest>) {
+        let guest = Arc::clone(self);
+        std::panic::set_hook(Box::new(move |panic| {
+            guest.ending.end(Cause::Guest(End::Error(format!("defect in the VMM: {panic}"))), guest.clock.timings())
+        }));
+    }
+
+    fn report(&self, report: Report) {
+        let Report::Reply { socket, pidfd } = report else { return };
+        let reply = SpawnReply::Spawned { pid: std::process::id(), timings: self.clock.timings() };
+        // Whoever asked may have gone; the guest runs all the same.
+        if let Ok(message) = serde_json::to_vec(&reply) {
+            let _ = abi::control::send(&socket, &message, &[pidfd.as_fd()]);
         }
     }
 }

@@ -3,5 +3,8 @@
 pub mod ending;
 pub mod guest;
 pub mod resources;
+pub mod sandbox;
+pub mod seccomp;
+pub mod spawner;
 pub mod standalone;
 pub mod timings;

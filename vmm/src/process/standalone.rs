@@ -1,26 +1,89 @@
 //! `trine-vmm run --config FILE`: one guest, every resource by path.
+//!
+//! The guest runs in a child that closes itself in; this process waits, and takes away what a
+//! closed process can't: the control socket's path.
 
-use super::guest;
+use super::ending::{self, EXIT_CODE_FAILED};
+use super::guest::{self, Report, StartError};
 use super::resources::{Resources, Supply};
+use super::sandbox::Sandbox;
 use super::timings::Clock;
-use crate::config::VmConfig;
+use crate::config::{Resource, VmConfig};
 use crate::devices::console::Sink;
 use crate::machine::Host;
+use std::convert::Infallible;
 use std::path::Path;
+use std::sync::atomic::{AtomicI32, Ordering};
 
-/// Runs the guest that `path` describes; returns only with what is wrong, one line each.
-pub fn run(path: &Path) -> Vec<String> {
+/// Exit code where the configuration or the host does not allow to start.
+pub const EXIT_CODE_REFUSED: u8 = 2;
+
+/// The guest's process, for the signal handler.
+static CHILD: AtomicI32 = AtomicI32::new(0);
+
+/// Runs the guest that `path` describes and returns its exit code; or what is wrong, one line each.
+pub fn run(path: &Path) -> Result<u8, Vec<String>> {
     let clock = Clock::default();
     clock.spawn.reach();
-    clock.process.reach();
-    let config = match VmConfig::read(path) {
-        Ok(config) => config,
-        Err(problems) => return problems,
+    let config = VmConfig::read(path)?;
+    let one = |error: String| vec![error];
+    let host = Host::open().map_err(|error| one(error.to_string()))?;
+    let resources = Resources::open(&config, &mut Supply::Paths, Sink::Stdout);
+    let outcome = match resources {
+        Ok(resources) => wait_for_child(host, &config, resources, clock).map_err(|error| one(error.to_string())),
+        Err(error) => Err(one(error.to_string())),
     };
-    let started = Host::open().map_err(|error| error.to_string()).and_then(|host| {
-        let resources =
-            Resources::open(&config, &mut Supply::Paths, Sink::Stdout).map_err(|error| error.to_string())?;
-        guest::run(&host, &config, resources, clock, true).map_err(|error| error.to_string())
-    });
-    started.err().into_iter().collect()
+    // The path did not exist before (the configuration was checked), so it is ours.
+    if let Some(Resource::Path(path)) = &config.control {
+        let _ = std::fs::remove_file(path);
+    }
+    outcome
+}
+
+fn wait_for_child(host: Host, config: &VmConfig, resources: Resources, clock: Clock) -> std::io::Result<u8> {
+    // SAFETY: this process has one thread, so the child may go on as if it were the parent.
+    match unsafe { libc::fork() } {
+        ..0 => Err(std::io::Error::last_os_error()),
+        0 => become_guest(host, config, resources, clock),
+        child => {
+            drop((host, resources));
+            CHILD.store(child, Ordering::SeqCst);
+            for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+                // SAFETY: the handler only sends a signal.
+                unsafe { libc::signal(signal, end_child as extern "C" fn(libc::c_int) as usize) };
+            }
+            Ok(wait(child))
+        }
+    }
+}
+
+extern "C" fn end_child(_: libc::c_int) {
+    // SAFETY: kill is async-signal-safe; the child is ours and not yet waited for.
+    unsafe { libc::kill(CHILD.load(Ordering::SeqCst), libc::SIGKILL) };
+}
+
+fn wait(child: libc::pid_t) -> u8 {
+    let mut status = 0;
+    // SAFETY: `status` is ours.
+    while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 {
+        if std::io::Error::last_os_error().kind() != std::io::ErrorKind::Interrupted {
+            return EXIT_CODE_FAILED;
+        }
+    }
+    if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) as u8 } else { EXIT_CODE_FAILED }
+}
+
+fn become_guest(host: Host, config: &VmConfig, resources: Resources, clock: Clock) -> ! {
+    clock.process.reach();
+    // SAFETY: plain call on integers; the guest shall not outlive who started it.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    let Err(error) = start(host, config, resources, clock);
+    eprintln!("trine-vmm: {error}");
+    ending::exit(EXIT_CODE_REFUSED)
+}
+
+fn start(host: Host, config: &VmConfig, resources: Resources, clock: Clock) -> Result<Infallible, StartError> {
+    let sandbox = Sandbox::prepare()?;
+    sandbox.enter_cgroups(&config.sandbox)?;
+    guest::run(host, config, resources, clock, sandbox, Report::Standalone)
 }

@@ -1,5 +1,10 @@
 //! Requests to a running VMM, over its control socket (`abi::control` frames of JSON).
 
+pub mod client;
+pub mod server;
+
+pub use client::{Client, ControlError};
+
 use crate::config::{DiskConfig, NetConfig, VmConfig};
 use serde::{Deserialize, Serialize};
 
@@ -144,7 +149,46 @@ pub struct SpawnRequest {
     pub config: VmConfig,
 }
 
-/// The spawner's answer; the reply frame carries the new process's pidfd.
+/// What can be asked of the spawner (`trine-vmm spawner`). Its last descriptor is the socket that
+/// the answer goes to: the new process answers itself, so the spawner never waits for a guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum SpawnerRequest {
+    /// Start a guest: [`SpawnReply`].
+    Spawn(Box<SpawnRequest>),
+    /// Start the smallest raw-KVM program, for launch benchmarks: [`FloorReply`]. Descriptors: its
+    /// executable, the pipe it writes its first exit's time to, the reply socket.
+    Floor {
+        /// Guest memory, MiB.
+        memory_mib: u32,
+    },
+}
+
+/// The spawner's first frame, unasked.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum SpawnerHello {
+    /// It takes requests; `sandbox` says in words how tightly guests are closed.
+    Ready {
+        /// The tier.
+        sandbox: String,
+    },
+    /// It can't start guests, and has ended.
+    Failed {
+        /// Why, one line.
+        message: String,
+    },
+}
+
+/// The answer to [`SpawnerRequest::Floor`], with the process's pidfd.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FloorReply {
+    /// Before the spawner's clone, CLOCK_MONOTONIC.
+    pub spawn_ns: u64,
+}
+
+/// The new process's answer; the reply frame carries its pidfd.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum SpawnReply {

@@ -1,0 +1,170 @@
+//! The answering side: one thread accepts, one thread serves each connection.
+
+use super::{CONTROL_VERSION, Envelope, Reply, Request, RunState, Status};
+use crate::config::{DiskConfig, NetConfig};
+use crate::devices::{Device, DeviceKind, blk, net};
+use crate::pci::PlugError;
+use crate::process::ending::Cause;
+use crate::process::guest::Guest;
+use crate::process::resources::{ResourceError, Supply};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+/// Most connections served at once; more are closed at once.
+const CONNECTIONS_MAX: usize = 16;
+/// How long a removal waits for the guest.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
+const STACK_BYTES: usize = 256 << 10;
+
+/// Serves `listener` on threads of its own.
+pub fn start(listener: UnixListener, guest: Arc<Guest>) -> std::io::Result<()> {
+    std::thread::Builder::new().stack_size(STACK_BYTES).spawn(move || accept(&listener, &guest))?;
+    Ok(())
+}
+
+fn accept(listener: &UnixListener, guest: &Arc<Guest>) {
+    let open = Arc::new(AtomicUsize::new(0));
+    loop {
+        let Ok((socket, _)) = listener.accept() else {
+            // Out of descriptors or memory: others end, and a client that waits is served then.
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        };
+        if open.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
+            open.fetch_sub(1, Ordering::AcqRel);
+            continue;
+        }
+        let (guest, count) = (Arc::clone(guest), Arc::clone(&open));
+        let serve = move || {
+            serve(&socket, &guest);
+            count.fetch_sub(1, Ordering::AcqRel);
+        };
+        if std::thread::Builder::new().stack_size(STACK_BYTES).spawn(serve).is_err() {
+            open.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+fn serve(socket: &UnixStream, guest: &Guest) {
+    while let Ok(Some((message, descriptors))) = abi::control::receive(socket) {
+        let answer = match serde_json::from_slice::<Envelope>(&message) {
+            Err(error) => Answer::error("invalid", format!("request: {error}")),
+            Ok(envelope) if envelope.version != CONTROL_VERSION => Answer::error(
+                "invalid",
+                format!("request version {}; this VMM speaks {CONTROL_VERSION}", envelope.version),
+            ),
+            Ok(Envelope { request: Request::Kill, .. }) => {
+                let _ = send(socket, &Answer::done());
+                guest.end(Cause::Killed);
+            }
+            Ok(envelope) => answer(guest, envelope.request, descriptors),
+        };
+        if send(socket, &answer).is_err() {
+            return;
+        }
+    }
+}
+
+fn send(socket: &UnixStream, answer: &Answer) -> std::io::Result<()> {
+    let message = serde_json::to_vec(&answer.reply).map_err(std::io::Error::other)?;
+    let descriptors: Vec<_> = answer.descriptors.iter().map(AsFd::as_fd).collect();
+    abi::control::send(socket, &message, &descriptors)
+}
+
+struct Answer {
+    reply: Reply,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl Answer {
+    fn done() -> Answer {
+        Answer { reply: Reply::Done, descriptors: Vec::new() }
+    }
+
+    fn error(kind: &str, message: String) -> Answer {
+        Answer { reply: Reply::Error { kind: kind.into(), message }, descriptors: Vec::new() }
+    }
+}
+
+impl From<PlugError> for Answer {
+    fn from(error: PlugError) -> Answer {
+        let kind = match error {
+            PlugError::Exists(_) => "exists",
+            PlugError::NotFound(..) => "not_found",
+            PlugError::Full => "invalid",
+            PlugError::GuestRefused(..) => "guest_refused",
+            PlugError::Host(..) => "io",
+        };
+        Answer::error(kind, error.to_string())
+    }
+}
+
+impl From<ResourceError> for Answer {
+    fn from(error: ResourceError) -> Answer {
+        Answer::error("invalid", error.to_string())
+    }
+}
+
+fn answer(guest: &Guest, request: Request, descriptors: Vec<OwnedFd>) -> Answer {
+    let result = match request {
+        Request::Status => return Answer { reply: Reply::Status(status(guest)), descriptors: Vec::new() },
+        Request::AddDisk(disk) => add_disk(guest, &disk, descriptors),
+        Request::AddNet(network) => add_net(guest, &network, descriptors),
+        Request::RemoveDisk { id } => remove(guest, &id, DeviceKind::Disk),
+        Request::RemoveNet { id } => remove(guest, &id, DeviceKind::Net),
+        Request::NetRing { id } => match guest.bus.ring(&id) {
+            Ok(ring) => return Answer { reply: Reply::Done, descriptors: ring.into() },
+            Err(error) => Err(error.into()),
+        },
+        Request::Pause if guest.gate.pause() => Ok(()),
+        Request::Pause => {
+            guest.gate.resume();
+            Err(Answer::error("io", "a vCPU did not stop; the guest runs on".into()))
+        }
+        Request::Resume => {
+            guest.gate.resume();
+            Ok(())
+        }
+        Request::Kill => Err(Answer::error("invalid", "kill is the connection's matter".into())),
+    };
+    result.map_or_else(|answer| answer, |()| Answer::done())
+}
+
+fn status(guest: &Guest) -> Status {
+    let plugged = guest.bus.plugged();
+    Status {
+        id: guest.id.clone(),
+        nonce: guest.nonce.clone(),
+        pid: std::process::id(),
+        state: if guest.gate.is_paused() { RunState::Paused } else { RunState::Running },
+        disks: plugged.disks,
+        disks_leaving: plugged.disks_leaving,
+        nets: plugged.nets,
+        timings: guest.clock.timings(),
+    }
+}
+
+fn add_disk(guest: &Guest, disk: &DiskConfig, descriptors: Vec<OwnedFd>) -> Result<(), Answer> {
+    if let Some(problem) = disk.problem() {
+        return Err(Answer::error("invalid", problem));
+    }
+    add(guest, blk::open(disk, &mut Supply::descriptors(descriptors))?)
+}
+
+fn add_net(guest: &Guest, network: &NetConfig, descriptors: Vec<OwnedFd>) -> Result<(), Answer> {
+    if let Some(problem) = network.problem() {
+        return Err(Answer::error("invalid", problem));
+    }
+    add(guest, net::open(network, &mut Supply::descriptors(descriptors))?)
+}
+
+fn add(guest: &Guest, device: Device) -> Result<(), Answer> {
+    Ok(guest.bus.add(device)?)
+}
+
+fn remove(guest: &Guest, id: &str, kind: DeviceKind) -> Result<(), Answer> {
+    Ok(guest.bus.remove(id, kind, REMOVAL_TIMEOUT)?)
+}
