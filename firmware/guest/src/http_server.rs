@@ -8,11 +8,11 @@ use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 
 /// Connections served at once on one port.
-const CONNECTIONS: usize = 8;
+const CONNECTIONS: usize = 16;
 /// Most ports served.
 pub(crate) const SERVERS_MAX: usize = 16;
 const RECEIVE_BYTES: usize = 2 << 10;
-const TRANSMIT_BYTES: usize = 8 << 10;
+const TRANSMIT_BYTES: usize = 4 << 10;
 /// A connection that takes longer is cut.
 const CONNECTION_MICROS_MAX: u64 = 10_000_000;
 

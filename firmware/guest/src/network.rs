@@ -9,7 +9,7 @@ use inputs::dhcp::{self, OPTION_CLASSLESS_ROUTES, OPTION_MTU};
 use runtime::clock::Instant;
 use runtime::virtio::net::NetDevice;
 use runtime::{boot, cpu, println};
-use smoltcp::iface::{Config, Interface, PollResult, Route, SocketHandle, SocketSet};
+use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, Route, SocketHandle, SocketSet};
 use smoltcp::socket::dhcpv4;
 use smoltcp::time::{Duration, Instant as StackInstant};
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
@@ -20,6 +20,8 @@ pub(crate) const METADATA_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 const DHCP_PARAMETERS: &[u8] = &[1, 3, 6, OPTION_MTU, OPTION_CLASSLESS_ROUTES];
 const DHCP_PACKET_BYTES: usize = 1500;
 const DHCP_RETRY: Duration = Duration::from_millis(500);
+/// So that a flood of frames can't keep steps, disks and hot-plug from their turn.
+const FRAMES_PER_TURN: usize = 256;
 const EPHEMERAL_PORTS: core::ops::Range<u16> = 49152..65535;
 
 /// One network device in use.
@@ -96,13 +98,37 @@ impl Network {
     /// Receives, serves, transmits; `true` where a socket may have changed.
     pub(crate) fn poll(&mut self, now: Instant) -> bool {
         self.device.disarm();
-        let changed = self.interface.poll(stack_time(now), &mut self.device, &mut self.sockets);
-        let mut active = changed == PollResult::SocketStateChanged;
-        active |= self.follow_lease();
+        self.interface.poll_maintenance(stack_time(now));
+        let mut active = self.transmit(now);
+        // Each frame's connection is served before the next frame is looked at: a burst of
+        // connections is not refused while sockets that are done wait to listen again.
+        for _ in 0..FRAMES_PER_TURN {
+            match self.interface.poll_ingress_single(stack_time(now), &mut self.device, &mut self.sockets) {
+                PollIngressSingleResult::None => break,
+                PollIngressSingleResult::PacketProcessed => {}
+                PollIngressSingleResult::SocketStateChanged => {
+                    self.transmit(now);
+                    self.serve(now);
+                    active = true;
+                }
+            }
+        }
+        active |= self.serve(now);
+        active |= self.transmit(now);
+        self.device.flush();
+        active
+    }
+
+    fn transmit(&mut self, now: Instant) -> bool {
+        let result = self.interface.poll_egress(stack_time(now), &mut self.device, &mut self.sockets);
+        result == PollResult::SocketStateChanged
+    }
+
+    fn serve(&mut self, now: Instant) -> bool {
+        let mut active = self.follow_lease();
         for server in &mut self.servers {
             active |= server.serve(&mut self.sockets, now);
         }
-        self.device.flush();
         active
     }
 

@@ -68,7 +68,7 @@ fn every_way_of_writing_names_is_read() {
     let variants = [
         CreationFeatures { filenames: level2, ..Default::default() },
         CreationFeatures { joliet: Some(JolietLevel::Level3), ..Default::default() },
-        CreationFeatures { filenames: level1_rrip, rock_ridge: rock_ridge.clone(), ..Default::default() },
+        CreationFeatures { filenames: level1_rrip, rock_ridge, ..Default::default() },
         CreationFeatures {
             filenames: level1_rrip,
             rock_ridge,
