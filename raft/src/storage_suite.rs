@@ -1,0 +1,65 @@
+//! openraft's own test suite of log storage and state machine, on real files.
+
+use openraft::{
+    StorageError,
+    testing::log::{StoreBuilder, Suite},
+};
+use tempfile::TempDir;
+
+use crate::{
+    Entry, StateMachine,
+    log_store::LogStore,
+    snapshot::SnapshotFiles,
+    state_machine::Machine,
+    types::Types,
+    wal::{Identity, Wal, WalOptions},
+};
+
+/// A state that remembers the indexes it saw.
+struct Indexes(Vec<u8>);
+
+impl StateMachine for Indexes {
+    type View = Vec<u8>;
+
+    fn apply(&mut self, entry: &Entry) -> Vec<u8> {
+        self.0.push(entry.index as u8);
+        Vec::new()
+    }
+
+    fn view(&self) -> Vec<u8> {
+        self.0.clone()
+    }
+
+    fn snapshot(view: &Vec<u8>) -> Vec<u8> {
+        view.clone()
+    }
+
+    fn restore(bytes: &[u8]) -> Result<Self, String> {
+        Ok(Self(bytes.to_vec()))
+    }
+}
+
+struct Files;
+
+impl StoreBuilder<Types, LogStore, Machine<Indexes>, TempDir> for Files {
+    async fn build(&self) -> Result<(TempDir, LogStore, Machine<Indexes>), StorageError<Types>> {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let identity = Identity { cluster_id: [1; 16], node_id: 0 };
+        let (wal, recovered) = Wal::open(WalOptions {
+            directory: directory.path().to_owned(),
+            identity,
+            segment_bytes: 1 << 16,
+        })
+        .expect("open");
+        let files =
+            SnapshotFiles::open(directory.path().join("snapshots"), identity).expect("open");
+        let log = LogStore::new(wal.into(), recovered);
+        Ok((directory, log, Machine::new(Indexes(Vec::new()), files)))
+    }
+}
+
+#[test]
+fn openrafts_storage_suite_passes() {
+    let runtime = tokio::runtime::Runtime::new().expect("runtime");
+    runtime.block_on(Suite::test_all(Files)).expect("every storage test passes");
+}

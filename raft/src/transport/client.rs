@@ -1,0 +1,362 @@
+//! Connections to peers: opened when needed, kept, and opened again with growing pauses.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::BufReader,
+    net::TcpStream,
+    sync::{Mutex as AsyncMutex, mpsc, oneshot},
+    task::AbortHandle,
+    time::{Instant, timeout},
+};
+use tokio_rustls::client::TlsStream;
+
+use super::{
+    CONNECT_TIMEOUT, CallError, Kind, PROTOCOL_VERSION, TransportError,
+    frame::{self, FRAME_BYTES_MAX, Frame, OUTGOING_FRAMES_MAX},
+    tls::TlsContext,
+};
+use crate::{
+    CALL_BYTES_MAX, NodeId, Tls,
+    codec::{Decoder, Encoder},
+};
+
+/// First pause after a failed attempt to connect; it doubles …
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+/// … up to here.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Requests that wait for an answer on one connection.
+const IN_FLIGHT_MAX: usize = 1_024;
+const READ_BUFFER_BYTES: usize = 64 << 10;
+
+/// Which of a peer's two connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Lane {
+    Consensus,
+    Bulk,
+}
+
+/// All links of a node.
+pub(crate) struct Peers {
+    me: NodeId,
+    tls: Arc<TlsContext>,
+    links: Mutex<HashMap<(NodeId, Lane), Arc<Link>>>,
+}
+
+impl Peers {
+    pub(crate) fn new(me: NodeId, tls: Arc<TlsContext>) -> Arc<Self> {
+        Arc::new(Self { me, tls, links: Mutex::default() })
+    }
+
+    /// The link to a peer; a changed address replaces the link.
+    pub(crate) fn link(&self, peer: NodeId, address: SocketAddr, lane: Lane) -> Arc<Link> {
+        let mut links = lock(&self.links);
+        match links.get(&(peer, lane)) {
+            Some(link) if link.address == address => link.clone(),
+            _ => {
+                let link = Arc::new(Link {
+                    me: self.me,
+                    peer,
+                    address,
+                    tls: self.tls.clone(),
+                    state: AsyncMutex::default(),
+                    current: Mutex::default(),
+                    retry_at: Mutex::default(),
+                });
+                links.insert((peer, lane), link.clone());
+                link
+            }
+        }
+    }
+
+    /// A peer that just connected to us can be reached again at once.
+    pub(crate) fn forget_backoff(&self, peer: NodeId) {
+        for lane in [Lane::Consensus, Lane::Bulk] {
+            if let Some(link) = lock(&self.links).get(&(peer, lane)) {
+                *lock(&link.retry_at) = None;
+            }
+        }
+    }
+
+    pub(crate) fn close(&self) {
+        lock(&self.links).clear();
+    }
+}
+
+/// The way to one peer on one lane.
+pub(crate) struct Link {
+    me: NodeId,
+    peer: NodeId,
+    address: SocketAddr,
+    tls: Arc<TlsContext>,
+    /// Held while connecting, so that only one attempt runs.
+    state: AsyncMutex<Attempts>,
+    current: Mutex<Option<Arc<Connection>>>,
+    retry_at: Mutex<Option<Instant>>,
+}
+
+#[derive(Default)]
+struct Attempts {
+    failures: u32,
+    reason: String,
+}
+
+impl Link {
+    /// The open connection, or a new one.
+    pub(crate) async fn connection(&self) -> Result<Arc<Connection>, TransportError> {
+        if let Some(open) = self.open() {
+            return Ok(open);
+        }
+        let mut attempts = self.state.lock().await;
+        if let Some(open) = self.open() {
+            return Ok(open);
+        }
+        let retry_at = *lock(&self.retry_at);
+        if retry_at.is_some_and(|at| Instant::now() < at) {
+            return Err(TransportError::Backoff {
+                address: self.address,
+                reason: attempts.reason.clone(),
+            });
+        }
+        let attempt = Connection::open(&self.tls, self.me, Some(self.peer), self.address).await;
+        match attempt {
+            Ok(connection) => {
+                *attempts = Attempts::default();
+                *lock(&self.retry_at) = None;
+                let connection = Arc::new(connection);
+                *lock(&self.current) = Some(connection.clone());
+                Ok(connection)
+            }
+            Err(error) => {
+                let pause = BACKOFF_MAX.min(BACKOFF_MIN * 2u32.pow(attempts.failures.min(8)));
+                attempts.failures = attempts.failures.saturating_add(1);
+                attempts.reason = super::chain(&error);
+                *lock(&self.retry_at) = Some(Instant::now() + pause);
+                Err(error)
+            }
+        }
+    }
+
+    /// One request and its answer.
+    pub(crate) async fn request(
+        &self,
+        kind: Kind,
+        body: Vec<u8>,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, TransportError> {
+        let exchange = async { self.connection().await?.send(kind, body).await?.answer().await };
+        timeout(deadline, exchange).await.unwrap_or(Err(TransportError::Timeout(deadline)))
+    }
+
+    fn open(&self) -> Option<Arc<Connection>> {
+        let mut current = lock(&self.current);
+        if current.as_ref().is_some_and(|connection| connection.is_closed()) {
+            *current = None;
+        }
+        current.clone()
+    }
+}
+
+type Waiting = HashMap<u64, oneshot::Sender<Frame>>;
+
+/// One connection: many requests at a time, answered in any order.
+pub(crate) struct Connection {
+    outgoing: mpsc::Sender<Frame>,
+    /// `None` once the connection is closed.
+    waiting: Arc<Mutex<Option<Waiting>>>,
+    next_request: AtomicU64,
+    reader: AbortHandle,
+}
+
+impl Connection {
+    pub(crate) async fn open(
+        tls: &TlsContext,
+        me: NodeId,
+        expected: Option<NodeId>,
+        address: SocketAddr,
+    ) -> Result<Self, TransportError> {
+        timeout(CONNECT_TIMEOUT, Self::open_inner(tls, me, expected, address))
+            .await
+            .unwrap_or(Err(TransportError::ConnectTimeout { address }))
+    }
+
+    async fn open_inner(
+        tls: &TlsContext,
+        me: NodeId,
+        expected: Option<NodeId>,
+        address: SocketAddr,
+    ) -> Result<Self, TransportError> {
+        let connect = |source| TransportError::Connect { address, source };
+        let tcp = TcpStream::connect(address).await.map_err(connect)?;
+        tcp.set_nodelay(true).map_err(connect)?;
+        let (connector, name) = tls.connector(expected);
+        let mut stream = connector.connect(name, tcp).await.map_err(connect)?;
+        let claimed = say_hello(&mut stream, tls, me, address).await?;
+        let chain = stream.get_ref().1.peer_certificates();
+        if expected.is_some_and(|expected| expected != claimed) || !tls.names(chain, claimed) {
+            return Err(TransportError::Identity {
+                address,
+                reason: format!("it says it is node {claimed}"),
+            });
+        }
+        Ok(Self::start(stream))
+    }
+
+    fn start(stream: TlsStream<TcpStream>) -> Self {
+        let (read_half, write_half) = tokio::io::split(stream);
+        let (outgoing, frames) = mpsc::channel(OUTGOING_FRAMES_MAX);
+        let waiting = Arc::new(Mutex::new(Some(Waiting::new())));
+        let answered = waiting.clone();
+        let reader = tokio::spawn(async move {
+            let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, read_half);
+            while let Ok(Some(answer)) = frame::read(&mut reader).await {
+                let sender = lock(&answered).as_mut().and_then(|all| all.remove(&answer.request));
+                if let Some(sender) = sender {
+                    let _ = sender.send(answer);
+                }
+            }
+            *lock(&answered) = None;
+        })
+        .abort_handle();
+        let (stop_reader, unanswered) = (reader.clone(), waiting.clone());
+        tokio::spawn(async move {
+            let _ = frame::write_all(write_half, frames).await;
+            stop_reader.abort();
+            *lock(&unanswered) = None;
+        });
+        Self { outgoing, waiting, next_request: AtomicU64::new(1), reader }
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        lock(&self.waiting).is_none()
+    }
+
+    /// Sends a request; its answer is awaited apart, so that requests can follow one another.
+    pub(crate) async fn send(&self, kind: Kind, body: Vec<u8>) -> Result<Answer, TransportError> {
+        if body.len() > FRAME_BYTES_MAX - 64 {
+            return Err(TransportError::TooLarge(body.len()));
+        }
+        let request = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        match lock(&self.waiting).as_mut() {
+            None => return Err(TransportError::Closed),
+            Some(all) if all.len() >= IN_FLIGHT_MAX => {
+                return Err(TransportError::Refused(format!(
+                    "{IN_FLIGHT_MAX} requests already wait on this connection"
+                )));
+            }
+            Some(all) => all.insert(request, sender),
+        };
+        let answer = Answer { request, receiver, waiting: self.waiting.clone() };
+        let frame = Frame { request, kind, body };
+        self.outgoing.send(frame).await.map_err(|_| TransportError::Closed)?;
+        Ok(answer)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// An answer that is on its way.
+pub(crate) struct Answer {
+    request: u64,
+    receiver: oneshot::Receiver<Frame>,
+    waiting: Arc<Mutex<Option<Waiting>>>,
+}
+
+impl Answer {
+    pub(crate) async fn answer(mut self) -> Result<Vec<u8>, TransportError> {
+        match (&mut self.receiver).await {
+            Err(_) => Err(TransportError::Closed),
+            Ok(frame) if frame.kind == Kind::Reply => Ok(frame.body),
+            Ok(frame) => {
+                Err(TransportError::Refused(String::from_utf8_lossy(&frame.body).into_owned()))
+            }
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if let Some(all) = lock(&self.waiting).as_mut() {
+            all.remove(&self.request);
+        }
+    }
+}
+
+/// Says who we are and returns who the other side says it is.
+async fn say_hello(
+    stream: &mut TlsStream<TcpStream>,
+    tls: &TlsContext,
+    me: NodeId,
+    address: SocketAddr,
+) -> Result<NodeId, TransportError> {
+    use tokio::io::AsyncWriteExt;
+    let connect = |source| TransportError::Connect { address, source };
+    let mut body = Encoder::default();
+    body.u32(PROTOCOL_VERSION);
+    body.raw(&tls.cluster_id);
+    body.u64(me);
+    let hello = Frame { request: 0, kind: Kind::Hello, body: body.0 };
+    let mut bytes = Vec::new();
+    frame::encode(&hello, &mut bytes);
+    stream.write_all(&bytes).await.map_err(connect)?;
+    stream.flush().await.map_err(connect)?;
+    let answer = frame::read(stream).await.map_err(connect)?.ok_or(TransportError::Closed)?;
+    match answer.kind {
+        Kind::Reply => Decoder(&answer.body)
+            .u64()
+            .map_err(|error| TransportError::Identity { address, reason: error.to_string() }),
+        _ => Err(TransportError::Identity {
+            address,
+            reason: String::from_utf8_lossy(&answer.body).into_owned(),
+        }),
+    }
+}
+
+/// Calls for a process that has a certificate of the cluster but no running [`crate::Raft`].
+#[derive(Debug)]
+pub struct Client;
+
+impl Client {
+    /// Sends one request to whatever node listens at `address` and returns its answer, as
+    /// [`crate::Raft::call`] does. `me` must be the node that `tls.cert` names.
+    ///
+    /// # Errors
+    /// See [`CallError`].
+    pub async fn call(
+        address: SocketAddr,
+        tls: &Tls,
+        cluster_id: [u8; 16],
+        me: NodeId,
+        request: Vec<u8>,
+        deadline: Duration,
+    ) -> Result<Vec<u8>, CallError> {
+        if request.len() > CALL_BYTES_MAX {
+            return Err(CallError::TooLarge(request.len()));
+        }
+        let context = TlsContext::new(cluster_id, tls)?;
+        let exchange = async {
+            let connection = Connection::open(&context, me, None, address).await?;
+            connection.send(Kind::Call, request).await?.answer().await
+        };
+        let result =
+            timeout(deadline, exchange).await.unwrap_or(Err(TransportError::Timeout(deadline)));
+        result.map_err(|error| CallError::from_transport(address.to_string(), &error))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,270 @@
+//! The listener: authenticates peers, keeps appends in order, and runs other requests side by side.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use futures::{
+    StreamExt,
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
+use tokio::{
+    io::BufReader,
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc, watch},
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_rustls::server::TlsStream;
+
+use super::{
+    CONNECT_TIMEOUT, Kind, PROTOCOL_VERSION,
+    frame::{self, Frame, OUTGOING_FRAMES_MAX},
+    tls::TlsContext,
+};
+use crate::{
+    NodeId,
+    codec::{DecodeError, Decoder, Encoder},
+    types::{AppendRequest, AppendResult},
+};
+
+/// Connections served at a time.
+const CONNECTIONS_MAX: usize = 1_024;
+/// Requests of one connection that run at a time.
+const REQUESTS_MAX: usize = 1_024;
+/// Appends of one stream that wait for the log.
+const APPENDS_MAX: usize = 64;
+const READ_BUFFER_BYTES: usize = 64 << 10;
+/// Pause after `accept` failed, for instance because no descriptor was left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What the transport hands requests to.
+pub(crate) trait Requests: Send + Sync + 'static {
+    /// Answers one request, or says why not.
+    fn handle(
+        self: Arc<Self>,
+        peer: NodeId,
+        kind: Kind,
+        body: Vec<u8>,
+    ) -> BoxFuture<'static, Result<Vec<u8>, String>>;
+
+    /// Appends in order; results come in the same order, and end after the first failure.
+    fn append(
+        &self,
+        appends: BoxStream<'static, AppendRequest>,
+    ) -> BoxStream<'static, Result<AppendResult, String>>;
+
+    /// A peer has connected to us.
+    fn peer_connected(&self, peer: NodeId);
+}
+
+/// What all connections share.
+struct Server<R> {
+    tls: Arc<TlsContext>,
+    me: NodeId,
+    requests: Arc<R>,
+}
+
+/// Returns once the node is told to stop.
+pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+/// Accepts connections until told to stop.
+pub(crate) async fn serve<R: Requests>(
+    listener: TcpListener,
+    tls: Arc<TlsContext>,
+    me: NodeId,
+    requests: Arc<R>,
+    mut stop: watch::Receiver<bool>,
+) {
+    let server = Arc::new(Server { tls, me, requests });
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            () = stopped(&mut stop) => break,
+            _ = connections.join_next(), if !connections.is_empty() => {}
+            accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
+                Ok((tcp, address)) => {
+                    connections.spawn(server.clone().connection(tcp, address));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "can't accept a raft connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    connections.shutdown().await;
+}
+
+impl<R: Requests> Server<R> {
+    async fn connection(self: Arc<Self>, tcp: TcpStream, address: SocketAddr) {
+        let accepted = timeout(CONNECT_TIMEOUT, self.authenticate(tcp)).await;
+        let (stream, peer) = match accepted {
+            Ok(Ok(accepted)) => accepted,
+            Ok(Err(error)) => {
+                tracing::warn!(%address, %error, "refused a raft connection");
+                return;
+            }
+            Err(_) => {
+                tracing::warn!(%address, "a raft connection took too long to say who it is");
+                return;
+            }
+        };
+        self.requests.peer_connected(peer);
+        if let Err(error) = self.serve_peer(stream, peer).await {
+            tracing::debug!(%address, peer, %error, "a raft connection ended");
+        }
+    }
+
+    /// TLS, then the hello: the peer's certificate must name the node it says it is.
+    async fn authenticate(&self, tcp: TcpStream) -> io::Result<(TlsStream<TcpStream>, NodeId)> {
+        tcp.set_nodelay(true)?;
+        let mut stream = self.tls.acceptor.accept(tcp).await?;
+        let hello = frame::read(&mut stream).await?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let verdict = if hello.kind == Kind::Hello {
+            self.check_hello(&hello.body, &stream)
+        } else {
+            Err("the first frame must be a hello".to_owned())
+        };
+        let (kind, body) = match &verdict {
+            Ok(_) => {
+                let mut body = Encoder::default();
+                body.u64(self.me);
+                (Kind::Reply, body.0)
+            }
+            Err(reason) => (Kind::Refused, reason.clone().into_bytes()),
+        };
+        let answer = Frame { request: hello.request, kind, body };
+        write_one(&mut stream, &answer).await?;
+        verdict
+            .map(|peer| (stream, peer))
+            .map_err(|reason| io::Error::new(io::ErrorKind::PermissionDenied, reason))
+    }
+
+    fn check_hello(&self, body: &[u8], stream: &TlsStream<TcpStream>) -> Result<NodeId, String> {
+        let mut decoder = Decoder(body);
+        let read = (|| Ok::<_, DecodeError>((decoder.u32()?, decoder.id()?, decoder.u64()?)))();
+        let (version, cluster_id, peer) = read.map_err(|error| error.to_string())?;
+        if version != PROTOCOL_VERSION {
+            return Err(format!("protocol version {version}: this node speaks {PROTOCOL_VERSION}"));
+        }
+        if cluster_id != self.tls.cluster_id {
+            return Err("this node belongs to another cluster".to_owned());
+        }
+        if !self.tls.names(stream.get_ref().1.peer_certificates(), peer) {
+            return Err(format!("the certificate does not name node {peer}"));
+        }
+        Ok(peer)
+    }
+
+    async fn serve_peer(&self, stream: TlsStream<TcpStream>, peer: NodeId) -> io::Result<()> {
+        let (read_half, write_half) = tokio::io::split(stream);
+        let (outgoing, frames) = mpsc::channel(OUTGOING_FRAMES_MAX);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let _ = frame::write_all(write_half, frames).await;
+        });
+        let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, read_half);
+        let permits = Arc::new(Semaphore::new(REQUESTS_MAX));
+        let mut appends: Option<AppendStream> = None;
+        while let Some(frame) = frame::read(&mut reader).await? {
+            while tasks.try_join_next().is_some() {}
+            if frame.kind == Kind::Append {
+                self.queue_append(&mut appends, frame, &outgoing, &mut tasks, peer).await?;
+                continue;
+            }
+            let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
+            let (requests, outgoing) = (self.requests.clone(), outgoing.clone());
+            tasks.spawn(async move {
+                let answer = requests.handle(peer, frame.kind, frame.body).await;
+                let _ = outgoing.send(answer_frame(frame.request, answer)).await;
+                drop(permit);
+            });
+        }
+        Ok(())
+    }
+
+    /// Appends of one stream go to the log in their order. A new stream number starts afresh,
+    /// because a stream ends with its first failure.
+    async fn queue_append(
+        &self,
+        current: &mut Option<AppendStream>,
+        frame: Frame,
+        outgoing: &mpsc::Sender<Frame>,
+        tasks: &mut JoinSet<()>,
+        peer: NodeId,
+    ) -> io::Result<()> {
+        let invalid = |error: DecodeError| io::Error::new(io::ErrorKind::InvalidData, error);
+        let mut decoder = Decoder(&frame.body);
+        let number = decoder.u64().map_err(invalid)?;
+        let append = decoder.append_request().map_err(invalid)?;
+        decoder.end().map_err(invalid)?;
+        if append.vote.leader_id.node_id != peer {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                format!("node {peer} sent an append in another's name"),
+            ));
+        }
+        if current.as_ref().is_none_or(|stream| stream.number != number) {
+            let (stream, answering) = self.start_appends(number, outgoing.clone());
+            tasks.spawn(answering);
+            *current = Some(stream);
+        }
+        if let Some(stream) = current {
+            // A closed channel means the stream failed; its sender has given it up as well.
+            let _ = stream.sender.send((frame.request, append)).await;
+        }
+        Ok(())
+    }
+
+    fn start_appends(
+        &self,
+        number: u64,
+        outgoing: mpsc::Sender<Frame>,
+    ) -> (AppendStream, impl Future<Output = ()> + Send + use<R>) {
+        let (sender, receiver) = mpsc::channel::<(u64, AppendRequest)>(APPENDS_MAX);
+        let (id_sender, mut ids) = mpsc::unbounded_channel();
+        let appends = stream::unfold((receiver, id_sender), |(mut receiver, id_sender)| async {
+            let (id, append) = receiver.recv().await?;
+            id_sender.send(id).ok()?;
+            Some((append, (receiver, id_sender)))
+        });
+        let mut results = self.requests.append(appends.boxed());
+        let answering = async move {
+            while let Some(result) = results.next().await {
+                let Some(id) = ids.recv().await else { return };
+                let answer = result.map(|result| {
+                    let mut body = Encoder::default();
+                    body.append_result(&result);
+                    body.0
+                });
+                if outgoing.send(answer_frame(id, answer)).await.is_err() {
+                    return;
+                }
+            }
+        };
+        (AppendStream { number, sender }, answering)
+    }
+}
+
+struct AppendStream {
+    number: u64,
+    sender: mpsc::Sender<(u64, AppendRequest)>,
+}
+
+fn answer_frame(request: u64, answer: Result<Vec<u8>, String>) -> Frame {
+    let (kind, body) = match answer {
+        Ok(body) => (Kind::Reply, body),
+        Err(reason) => (Kind::Refused, reason.into_bytes()),
+    };
+    Frame { request, kind, body }
+}
+
+async fn write_one(stream: &mut TlsStream<TcpStream>, frame: &Frame) -> io::Result<()> {
+    use tokio::io::AsyncWriteExt;
+    let mut bytes = Vec::new();
+    frame::encode(frame, &mut bytes);
+    stream.write_all(&bytes).await?;
+    stream.flush().await
+}
