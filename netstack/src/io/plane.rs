@@ -248,7 +248,7 @@ impl Plane {
                     slot.counters.bytes_from_guest += length as u64;
                     // Until the program names the port, its frames have nowhere to go.
                     let Some(port) = slot.port else { continue };
-                    self.pipeline.from_port(port, &self.frame[..length], now_ms, &mut self.wires);
+                    self.pipeline.guest_frame(port, &self.frame[..length], now_ms, &mut self.wires);
                 }
                 Ok(None) => {
                     let sleeps = slot.consumer.prepare_sleep();
@@ -273,7 +273,7 @@ impl Plane {
             // was cut, and goes no further.
             if length < self.frame.len() {
                 let datagram = &self.frame[..length];
-                self.pipeline.from_tunnel(source, datagram, now_ms, &mut self.wires);
+                self.pipeline.tunnel_datagram(source, datagram, now_ms, &mut self.wires);
             }
         }
     }
@@ -292,7 +292,7 @@ impl Plane {
                 continue;
             }
             let port = stack.port;
-            stack.run(now_ms, |packet| pipeline.from_service(port, packet, now_ms, wires));
+            stack.run(now_ms, |packet| pipeline.service_packet(port, packet, now_ms, wires));
             if stack.is_idle(now_ms) {
                 stack_of_port.remove(&port);
                 *place = None;

@@ -127,38 +127,38 @@ impl Pipeline {
     }
 
     /// A frame from a local guest.
-    pub(crate) fn from_port(
+    pub(crate) fn guest_frame(
         &mut self,
         port: usize,
         bytes: &[u8],
         now_ms: u64,
         output: &mut impl Output,
     ) {
-        let verdict = self.step(now_ms, output).from_port(port, bytes);
+        let verdict = self.step(now_ms, output).guest_frame(port, bytes);
         self.count(verdict);
     }
 
     /// A datagram that arrived at the tunnel endpoint.
-    pub(crate) fn from_tunnel(
+    pub(crate) fn tunnel_datagram(
         &mut self,
         source: SocketAddr,
         datagram: &[u8],
         now_ms: u64,
         output: &mut impl Output,
     ) {
-        let verdict = self.step(now_ms, output).from_tunnel(source, datagram);
+        let verdict = self.step(now_ms, output).tunnel_datagram(source, datagram);
         self.count(verdict);
     }
 
     /// An IPv4 packet that the local TCP stack of a port sends to its guest.
-    pub(crate) fn from_service(
+    pub(crate) fn service_packet(
         &mut self,
         port: usize,
         packet: &[u8],
         now_ms: u64,
         output: &mut impl Output,
     ) {
-        let verdict = self.step(now_ms, output).from_service(port, packet);
+        let verdict = self.step(now_ms, output).service_packet(port, packet);
         self.count(verdict);
     }
 
@@ -209,7 +209,7 @@ struct Step<'a, O> {
 }
 
 impl<'a, O: Output> Step<'a, O> {
-    fn from_port(&mut self, at: usize, bytes: &[u8]) -> Verdict {
+    fn guest_frame(&mut self, at: usize, bytes: &[u8]) -> Verdict {
         let (port, network) = self.port(at)?;
         let frame = wire::parse(bytes).ok_or(DropReason::Malformed)?;
         if port.secured {
@@ -217,13 +217,13 @@ impl<'a, O: Output> Step<'a, O> {
         }
         match frame.content {
             Content::Arp(arp) => self.arp(at, network, &frame, &arp, bytes),
-            Content::Ip(packet) => self.ip_from_port(at, port, network, &frame, &packet, bytes),
+            Content::Ip(packet) => self.guest_packet(at, port, network, &frame, &packet, bytes),
             Content::Other if port.secured => Err(DropReason::Ethertype),
             Content::Other => self.layer2(Some(at), network, &frame, bytes),
         }
     }
 
-    fn from_tunnel(&mut self, source: SocketAddr, datagram: &[u8]) -> Verdict {
+    fn tunnel_datagram(&mut self, source: SocketAddr, datagram: &[u8]) -> Verdict {
         let tables = self.tables;
         let (vni, bytes) = wire::parse_vxlan(datagram).ok_or(DropReason::Malformed)?;
         let at = tables.network_by_vni.get(&vni).ok_or(DropReason::TunnelNetwork)?;
@@ -236,7 +236,7 @@ impl<'a, O: Output> Step<'a, O> {
         self.layer2(None, network, &frame, bytes)
     }
 
-    fn from_service(&mut self, at: usize, packet: &[u8]) -> Verdict {
+    fn service_packet(&mut self, at: usize, packet: &[u8]) -> Verdict {
         let (port, network) = self.port(at)?;
         let mut bytes = std::mem::take(self.scratch);
         wire::ethernet(
@@ -289,7 +289,7 @@ impl<'a, O: Output> Step<'a, O> {
         }
     }
 
-    fn ip_from_port(
+    fn guest_packet(
         &mut self,
         at: usize,
         port: &PortTable,

@@ -119,7 +119,7 @@ impl Bench {
 
     fn from(&mut self, port: usize, frame: &[u8]) -> Vec<Out> {
         let mut seen = Seen::default();
-        self.pipeline.from_port(port, frame, self.now_ms, &mut seen);
+        self.pipeline.guest_frame(port, frame, self.now_ms, &mut seen);
         seen.0
     }
 
@@ -127,7 +127,7 @@ impl Bench {
         let mut datagram = wire::vxlan_header(vni).to_vec();
         datagram.extend_from_slice(frame);
         let mut seen = Seen::default();
-        self.pipeline.from_tunnel(source.parse().unwrap(), &datagram, self.now_ms, &mut seen);
+        self.pipeline.tunnel_datagram(source.parse().unwrap(), &datagram, self.now_ms, &mut seen);
         seen.0
     }
 
@@ -475,14 +475,14 @@ fn a_forward_needs_a_rule_for_its_real_client() {
 
     let gateway_mac = bench.pipeline.tables().networks[0].gateway_mac;
     let ends = Ends { from: gateway_mac, to: B, source: GATEWAY, destination: IP_B };
-    let from_service = |bench: &mut Bench, frame: &[u8]| {
+    let from_stack = |bench: &mut Bench, frame: &[u8]| {
         let mut seen = Seen::default();
-        bench.pipeline.from_service(1, &frame[14..], 1000, &mut seen);
+        bench.pipeline.service_packet(1, &frame[14..], 1000, &mut seen);
         seen.0
     };
     let syn = tcp(&ends, 40_000, 80, wire::SYN);
-    assert_eq!(from_service(&mut bench, &syn), to_b(&syn));
-    assert_eq!(from_service(&mut bench, &tcp(&ends, 40_001, 80, wire::SYN)), []);
+    assert_eq!(from_stack(&mut bench, &syn), to_b(&syn));
+    assert_eq!(from_stack(&mut bench, &tcp(&ends, 40_001, 80, wire::SYN)), []);
     let reply = tcp(
         &Ends { from: B, to: gateway_mac, source: IP_B, destination: GATEWAY },
         80,
@@ -653,8 +653,8 @@ mod hostile {
             }
             bench.tunnel("192.0.2.2:4789", VNI, &frame);
             let mut seen = Seen::default();
-            bench.pipeline.from_service(port, &frame, 1, &mut seen);
-            bench.pipeline.from_tunnel(vtep(), &frame, 1, &mut seen);
+            bench.pipeline.service_packet(port, &frame, 1, &mut seen);
+            bench.pipeline.tunnel_datagram(vtep(), &frame, 1, &mut seen);
         }
 
         #[test]
