@@ -10,6 +10,7 @@
 //! Start reading at [`process::guest`] (the list of steps from a request to the first
 //! instruction), then [`machine`] (KVM), [`pci`] (what the guest sees), [`devices`].
 
+pub mod bench;
 pub mod config;
 pub mod control;
 pub mod devices;

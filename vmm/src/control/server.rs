@@ -89,8 +89,11 @@ impl Answer {
     }
 }
 
-impl From<PlugError> for Answer {
-    fn from(error: PlugError) -> Answer {
+/// Why a request was not done: a kind and a message.
+struct Refusal(&'static str, String);
+
+impl From<PlugError> for Refusal {
+    fn from(error: PlugError) -> Refusal {
         let kind = match error {
             PlugError::Exists(_) => "exists",
             PlugError::NotFound(..) => "not_found",
@@ -98,13 +101,13 @@ impl From<PlugError> for Answer {
             PlugError::GuestRefused(..) => "guest_refused",
             PlugError::Host(..) => "io",
         };
-        Answer::error(kind, error.to_string())
+        Refusal(kind, error.to_string())
     }
 }
 
-impl From<ResourceError> for Answer {
-    fn from(error: ResourceError) -> Answer {
-        Answer::error("invalid", error.to_string())
+impl From<ResourceError> for Refusal {
+    fn from(error: ResourceError) -> Refusal {
+        Refusal("invalid", error.to_string())
     }
 }
 
@@ -122,15 +125,15 @@ fn answer(guest: &Guest, request: Request, descriptors: Vec<OwnedFd>) -> Answer 
         Request::Pause if guest.gate.pause() => Ok(()),
         Request::Pause => {
             guest.gate.resume();
-            Err(Answer::error("io", "a vCPU did not stop; the guest runs on".into()))
+            Err(Refusal("io", "a vCPU did not stop; the guest runs on".into()))
         }
         Request::Resume => {
             guest.gate.resume();
             Ok(())
         }
-        Request::Kill => Err(Answer::error("invalid", "kill is the connection's matter".into())),
+        Request::Kill => Err(Refusal("invalid", "kill is the connection's matter".into())),
     };
-    result.map_or_else(|answer| answer, |()| Answer::done())
+    result.map_or_else(|Refusal(kind, message)| Answer::error(kind, message), |()| Answer::done())
 }
 
 fn status(guest: &Guest) -> Status {
@@ -147,24 +150,24 @@ fn status(guest: &Guest) -> Status {
     }
 }
 
-fn add_disk(guest: &Guest, disk: &DiskConfig, descriptors: Vec<OwnedFd>) -> Result<(), Answer> {
+fn add_disk(guest: &Guest, disk: &DiskConfig, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
     if let Some(problem) = disk.problem() {
-        return Err(Answer::error("invalid", problem));
+        return Err(Refusal("invalid", problem));
     }
     add(guest, blk::open(disk, &mut Supply::descriptors(descriptors))?)
 }
 
-fn add_net(guest: &Guest, network: &NetConfig, descriptors: Vec<OwnedFd>) -> Result<(), Answer> {
+fn add_net(guest: &Guest, network: &NetConfig, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
     if let Some(problem) = network.problem() {
-        return Err(Answer::error("invalid", problem));
+        return Err(Refusal("invalid", problem));
     }
     add(guest, net::open(network, &mut Supply::descriptors(descriptors))?)
 }
 
-fn add(guest: &Guest, device: Device) -> Result<(), Answer> {
+fn add(guest: &Guest, device: Device) -> Result<(), Refusal> {
     Ok(guest.bus.add(device)?)
 }
 
-fn remove(guest: &Guest, id: &str, kind: DeviceKind) -> Result<(), Answer> {
+fn remove(guest: &Guest, id: &str, kind: DeviceKind) -> Result<(), Refusal> {
     Ok(guest.bus.remove(id, kind, REMOVAL_TIMEOUT)?)
 }

@@ -236,7 +236,7 @@ pub fn write_page_tables(ram: &Ram, memory_mib: u32) -> Result<(), MachineError>
         while gib * GIB < end {
             let pages = (end - gib * GIB).min(GIB).div_ceil(2 << 20);
             let directory: Vec<u8> = (0..pages)
-                .flat_map(|page| (gib * GIB + (page << 21) | PAGE_PRESENT_WRITE_USER | PAGE_LARGE).to_le_bytes())
+                .flat_map(|page| ((gib * GIB + (page << 21)) | PAGE_PRESENT_WRITE_USER | PAGE_LARGE).to_le_bytes())
                 .collect();
             write(ram, next, &directory)?;
             pointers.resize((gib + 1) as usize * 8, 0);
@@ -268,7 +268,7 @@ mod tests {
         write_page_tables(&ram, 5 << 10).unwrap();
         let pointer: u64 = ram.read_obj(GuestAddress(PAGE_DIRECTORY_POINTERS + 5 * 8)).unwrap();
         let entry: u64 = ram.read_obj(GuestAddress(pointer & !0xfff)).unwrap();
-        assert_eq!(entry, 5 * GIB | PAGE_PRESENT_WRITE_USER | PAGE_LARGE);
+        assert_eq!(entry, (5 * GIB) | PAGE_PRESENT_WRITE_USER | PAGE_LARGE);
         let none: u64 = ram.read_obj(GuestAddress(PAGE_DIRECTORY_POINTERS + 6 * 8)).unwrap();
         assert_eq!(none, 0);
     }
