@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod api;
 pub mod ids;
 pub mod plan;
 pub mod seal;
