@@ -1,6 +1,6 @@
 //! Fetching a URL, again and again until it answers or time is up.
 
-use crate::network::Network;
+use crate::network::{Generation, Network};
 use crate::world::World;
 use alloc::string::{String, ToString};
 use inputs::http::{Response, ResponseReader, Url};
@@ -39,20 +39,15 @@ pub(crate) fn get<T>(
 /// One attempt.
 fn fetch(world: &mut World, url: &Url, deadline: Instant) -> Result<Response, String> {
     let network = world.network.as_mut().ok_or("no network device")?;
-    let slot = network.slot();
+    let generation = network.generation();
     let socket = connect(network, url)?;
-    let result = transfer(world, slot, socket, url, deadline);
-    if let Ok(network) = network_in(world, slot) {
+    let result = transfer(world, generation, socket, url, deadline);
+    if let Ok(network) = world.network_of(generation) {
         network.sockets.get_mut::<Socket>(socket).close();
         network.poll(clock::now());
         network.sockets.remove(socket);
     }
     result
-}
-
-/// The network whose sockets are in use; not another that was plugged in its place.
-fn network_in(world: &mut World, slot: u16) -> Result<&mut Network, String> {
-    world.network.as_mut().filter(|network| network.slot() == slot).ok_or_else(|| "the network device was taken away".into())
 }
 
 fn connect(network: &mut Network, url: &Url) -> Result<SocketHandle, String> {
@@ -72,7 +67,7 @@ fn connect(network: &mut Network, url: &Url) -> Result<SocketHandle, String> {
 
 fn transfer(
     world: &mut World,
-    slot: u16,
+    generation: Generation,
     handle: SocketHandle,
     url: &Url,
     deadline: Instant,
@@ -82,7 +77,7 @@ fn transfer(
     let mut reader = ResponseReader::default();
     let mut connected = false;
     while clock::now() < deadline {
-        let socket = network_in(world, slot)?.sockets.get_mut::<Socket>(handle);
+        let socket = world.network_of(generation)?.sockets.get_mut::<Socket>(handle);
         connected |= socket.may_send();
         if connected && !unsent.is_empty() && socket.can_send() {
             let sent = socket.send_slice(unsent).unwrap_or(0);

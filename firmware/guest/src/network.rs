@@ -33,6 +33,19 @@ pub(crate) struct Network {
     dhcp: SocketHandle,
     address: Option<Ipv4Cidr>,
     next_port: u16,
+    generation: Generation,
+}
+
+/// Tells a network device from another that was plugged in its place: the sockets of one mean
+/// nothing to the other.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Generation(u64);
+
+impl Generation {
+    pub(crate) fn advance(&mut self) -> Generation {
+        self.0 += 1;
+        *self
+    }
 }
 
 /// What a lease says, in our words.
@@ -71,17 +84,21 @@ fn new_dhcp_socket() -> dhcpv4::Socket<'static> {
 }
 
 impl Network {
-    pub(crate) fn new(mut device: NetDevice) -> Network {
+    pub(crate) fn new(mut device: NetDevice, generation: Generation) -> Network {
         let interface = new_interface(&mut device);
         let mut sockets = SocketSet::new(Vec::new());
         let dhcp = sockets.add(new_dhcp_socket());
         let ports = u64::from(EPHEMERAL_PORTS.end - EPHEMERAL_PORTS.start);
         let next_port = EPHEMERAL_PORTS.start + (seed() % ports) as u16;
-        Network { device, interface, sockets, servers: Vec::new(), dhcp, address: None, next_port }
+        Network { device, interface, sockets, servers: Vec::new(), dhcp, address: None, next_port, generation }
     }
 
     pub(crate) fn slot(&self) -> u16 {
         self.device.slot()
+    }
+
+    pub(crate) fn generation(&self) -> Generation {
+        self.generation
     }
 
     pub(crate) fn has_address(&self) -> bool {

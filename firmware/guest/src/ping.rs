@@ -4,7 +4,6 @@ use crate::world::World;
 use alloc::string::String;
 use runtime::clock::{self, Instant};
 use runtime::cpu;
-use smoltcp::iface::SocketHandle;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::icmp::{Endpoint, PacketBuffer, PacketMetadata, Socket};
 use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpAddress};
@@ -23,23 +22,23 @@ pub(crate) fn ping(world: &mut World, address: [u8; 4], count: u16, deadline: In
     if !network.has_address() {
         return Err("the guest has no address".into());
     }
-    let slot = network.slot();
+    let generation = network.generation();
     let identifier = cpu::tsc() as u16 | 1;
     let mut socket = Socket::new(buffer(), buffer());
     socket.bind(Endpoint::Ident(identifier)).map_err(|error| alloc::format!("can't bind: {error}"))?;
     let socket = network.sockets.add(socket);
     let mut run = Run { identifier, address, sent: [None; WINDOW], next: 0, last: None, replies: 0, micros_min: u64::MAX };
     while clock::now() < deadline && run.replies < count {
-        let Some(network) = world.network.as_mut().filter(|network| network.slot() == slot) else {
-            return Err("the network device was taken away".into());
-        };
+        let network = world.network_of(generation)?;
         run.exchange(network.sockets.get_mut::<Socket>(socket));
         let wake = run.last.map_or(deadline, |last| deadline.min(last.after_micros(INTERVAL_MICROS)));
         if run.replies < count {
             world.turn(Some(wake));
         }
     }
-    remove(world, slot, socket);
+    if let Ok(network) = world.network_of(generation) {
+        network.sockets.remove(socket);
+    }
     let Run { replies, micros_min, .. } = run;
     if replies < count {
         return Err(alloc::format!("{replies}/{count} replies"));
@@ -49,12 +48,6 @@ pub(crate) fn ping(world: &mut World, address: [u8; 4], count: u16, deadline: In
 
 fn buffer() -> PacketBuffer<'static> {
     PacketBuffer::new(alloc::vec![PacketMetadata::EMPTY; PACKETS], alloc::vec![0; PACKETS * PACKET_BYTES])
-}
-
-fn remove(world: &mut World, slot: u16, socket: SocketHandle) {
-    if let Some(network) = world.network.as_mut().filter(|network| network.slot() == slot) {
-        network.sockets.remove(socket);
-    }
 }
 
 struct Run {

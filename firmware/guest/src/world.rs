@@ -8,7 +8,7 @@
 //! ```
 
 use crate::disks::Disk;
-use crate::network::Network;
+use crate::network::{Generation, Network};
 use abi::boot::DeviceEntry;
 use alloc::vec::Vec;
 use runtime::clock::{self, Instant};
@@ -24,6 +24,8 @@ pub(crate) struct World {
     pub(crate) disks: Vec<Disk>,
     /// Slots whose device the host wants back and that is still busy.
     leaving: u32,
+    /// Of the last network device.
+    generation: Generation,
 }
 
 impl World {
@@ -53,7 +55,7 @@ impl World {
         let failure = match kind {
             TYPE_NET if self.network.is_none() => match NetDevice::open(transport) {
                 Ok(device) => {
-                    self.network = Some(Network::new(device));
+                    self.network = Some(Network::new(device, self.generation.advance()));
                     return;
                 }
                 Err(error) => error,
@@ -136,6 +138,12 @@ impl World {
             hotplug::eject(slot);
             self.leaving &= !(1 << slot);
         }
+    }
+
+    /// The network that a socket was made in, if that is still the one.
+    pub(crate) fn network_of(&mut self, generation: Generation) -> Result<&mut Network, &'static str> {
+        let same = |network: &&mut Network| network.generation() == generation;
+        self.network.as_mut().filter(same).ok_or("the network device was taken away")
     }
 
     /// Serves everything until the deadline.
