@@ -12,6 +12,8 @@ pub mod network;
 pub mod volume;
 
 mod command;
+mod invariants;
+pub mod limits;
 mod outcome;
 mod quota;
 
@@ -47,6 +49,51 @@ pub struct State {
 }
 
 impl State {
+    /// Applies a command that the cluster agreed on. A command whose id was seen before is
+    /// not applied again: it comes to what it came to the first time.
+    ///
+    /// # Errors
+    /// When the command is refused; the state is then as it was.
+    pub fn apply(
+        &mut self,
+        index: u64,
+        time_ms: u64,
+        command_id: [u8; 16],
+        command: &Command,
+    ) -> Result<Outcome, Rejection> {
+        self.applied_index = self.applied_index.max(index);
+        if let Some(outcome) = self.outcomes.get(&command_id) {
+            return outcome.clone();
+        }
+        self.time_ms = self.time_ms.max(time_ms);
+        let outcome = self.dispatch(command);
+        // A stale placement is proposed again under the same id, placed anew.
+        let stale = matches!(&outcome, Err(why) if why.kind == RejectionKind::PlacementStale);
+        if !stale {
+            self.outcomes.keep(index, command_id, &outcome);
+        }
+        outcome
+    }
+
+    fn dispatch(&mut self, command: &Command) -> Result<Outcome, Rejection> {
+        let starts = matches!(command, Command::Cluster(cluster::ClusterCommand::Init(_)));
+        if self.cluster.id.is_empty() && !starts {
+            return Err(Rejection::state("cluster", "", "The cluster isn't initialised yet."));
+        }
+        match command {
+            Command::Cluster(command) => self.apply_cluster(command),
+            Command::Identity(command) => self.apply_identity(command),
+            Command::Image(command) => self.apply_image(command),
+            Command::Compute(command) => self.apply_compute(command),
+            Command::Volume(command) => self.apply_volume(command),
+            Command::Network(command) => self.apply_network(command),
+            Command::Quota(command) => {
+                self.quota.apply(command);
+                Ok(Outcome::Done)
+            }
+        }
+    }
+
     /// The state as bytes, for a snapshot.
     pub fn snapshot(&self) -> Vec<u8> {
         command::encode(self)

@@ -1,7 +1,9 @@
 //! The compute service's part of the replicated state.
 
+mod apply;
 mod commands;
 mod state;
 
+pub use apply::{CPU_ALLOCATION_RATIO, DEVICE_OWNER};
 pub use commands::*;
 pub use state::*;

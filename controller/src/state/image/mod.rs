@@ -1,5 +1,6 @@
 //! The image service's part of the replicated state.
 
+mod apply;
 mod commands;
 mod state;
 

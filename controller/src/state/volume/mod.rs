@@ -1,5 +1,6 @@
 //! The volume service's part of the replicated state.
 
+mod apply;
 mod commands;
 mod state;
 
