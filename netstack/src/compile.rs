@@ -23,7 +23,7 @@ pub const FORWARDS_MAX: usize = 1024;
 pub const RULES_MAX: usize = 4096;
 /// Most fixed addresses and most address pairs of a port.
 pub const ADDRESSES_MAX: usize = 64;
-/// Most bytes of metadata of a port.
+/// Most bytes of metadata of a port, paths included.
 pub const METADATA_BYTES_MAX: usize = 1 << 20;
 /// Smallest MTU of a network.
 pub const MTU_MIN: u16 = 576;
@@ -346,7 +346,7 @@ fn compile_port(
     limit("port", id, "fixed_ips", port.fixed_ips.len(), ADDRESSES_MAX)?;
     limit("port", id, "allowed_address_pairs", port.allowed_address_pairs.len(), ADDRESSES_MAX)?;
     limit("port", id, "security_rules", port.security_rules.len(), RULES_MAX)?;
-    let metadata_bytes = port.metadata.values().map(String::len).sum();
+    let metadata_bytes = port.metadata.iter().map(|(path, body)| path.len() + body.len()).sum();
     limit("port", id, "bytes of metadata", metadata_bytes, METADATA_BYTES_MAX)?;
     let own = mac("port", id, "mac", &port.mac)?;
     if wire::is_group(&own) {
@@ -504,4 +504,107 @@ fn limit(
         return Err(Error::TooMany { thing, id: id.to_owned(), field, count, max });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program::{FixedIp, Remote};
+
+    fn program() -> Program {
+        let subnet = Subnet {
+            id: "s".to_owned(),
+            cidr: "10.0.0.0/24".to_owned(),
+            gateway: None,
+            dhcp: true,
+            ..Subnet::default()
+        };
+        let network = Network {
+            id: "n".to_owned(),
+            vni: 9,
+            mtu: 1500,
+            subnets: vec![subnet],
+            remotes: vec![],
+        };
+        let port = Port {
+            id: "p".to_owned(),
+            network_id: "n".to_owned(),
+            mac: "fa:16:3e:00:00:01".to_owned(),
+            fixed_ips: vec![FixedIp {
+                subnet_id: "s".to_owned(),
+                address: "10.0.0.5".parse().unwrap(),
+            }],
+            ..Port::default()
+        };
+        Program { revision: 1, networks: vec![network], ports: vec![port], forwards: vec![] }
+    }
+
+    /// The program, changed, is refused with a message that holds all of `words`.
+    #[track_caller]
+    fn check_refused(change: impl FnOnce(&mut Program), words: &[&str]) {
+        let mut program = program();
+        change(&mut program);
+        let message = Tables::compile(program).unwrap_err().to_string();
+        for word in words {
+            assert!(message.contains(word), "{message} lacks {word}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        check_refused(|program| program.networks[0].vni = 0, &["network n", "vni", "0"]);
+        check_refused(|program| program.networks[0].mtu = 2031, &["network n", "mtu", "2031"]);
+        check_refused(
+            |program| program.networks[0].subnets[0].cidr = "10/8".to_owned(),
+            &["subnet s", "cidr", "10/8"],
+        );
+        check_refused(|program| program.ports[0].mac = "1:2".to_owned(), &["port p", "mac", "1:2"]);
+        check_refused(
+            |program| program.ports[0].mac = "01:00:00:00:00:00".to_owned(),
+            &["port p", "group"],
+        );
+        check_refused(
+            |program| program.ports[0].network_id = "x".to_owned(),
+            &["port p", "network_id", "x"],
+        );
+        check_refused(
+            |program| program.ports[0].fixed_ips[0].subnet_id = "x".to_owned(),
+            &["port p", "subnet_id", "x"],
+        );
+        check_refused(
+            |program| {
+                let mut twin = program.ports[0].clone();
+                twin.id = "q".to_owned();
+                program.ports.push(twin);
+            },
+            &["port q", "mac", "unique"],
+        );
+        check_refused(
+            |program| {
+                let body = "x".repeat(METADATA_BYTES_MAX);
+                program.ports[0].metadata.insert("user_data".to_owned(), body);
+            },
+            &["port p", "metadata", "1048585", "1048576"],
+        );
+    }
+
+    #[test]
+    fn a_guest_that_moved_here_is_local_even_while_it_is_still_listed_as_remote() {
+        let mut program = program();
+        let vtep = "127.0.0.9:4789".parse().unwrap();
+        program.networks[0].remotes =
+            vec![Remote { mac: program.ports[0].mac.clone(), ips: vec![], vtep }];
+        let tables = Tables::compile(program).unwrap();
+        let station = tables.networks[0].stations[&tables.ports[0].mac];
+        assert_eq!(station, Station::Local(0));
+    }
+
+    #[test]
+    fn without_a_gateway_metadata_is_on_the_link() {
+        let tables = Tables::compile(program()).unwrap();
+        let lease = tables.ports[0].lease.as_ref().unwrap();
+        assert_eq!((lease.server, lease.router), (METADATA_ADDRESS, None));
+        let routes = lease.options.iter().find(|(code, _)| *code == 121).unwrap();
+        assert_eq!(routes.1, [32, 169, 254, 169, 254, 0, 0, 0, 0]);
+    }
 }

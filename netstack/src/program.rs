@@ -181,6 +181,10 @@ pub enum ForwardProtocol {
 }
 
 /// A loopback port of this host that leads into a guest on this host.
+///
+/// The guest sees connections from the switch's address on its subnet (the gateway's). Its security
+/// rules are asked about the client's real address: a rule without a remote range admits it, one with
+/// a range must contain the client's loopback address.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forward {
     /// The forward's id.

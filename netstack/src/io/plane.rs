@@ -486,6 +486,7 @@ impl Plane {
             let _ = epoll::delete(&self.epoll, slot.consumer.event());
         }
         self.active.retain(|active| *active != at);
+        self.wires.broken.retain(|broken| *broken != at);
         self.wires.index(self.pipeline.tables());
     }
 

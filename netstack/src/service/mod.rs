@@ -284,3 +284,140 @@ impl Device for PacketQueue {
         capabilities
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compile::Tables;
+    use crate::program::{FixedIp, Network, Port, Program, Subnet};
+    use proptest::prelude::*;
+    use smoltcp::phy::ChecksumCapabilities;
+    use smoltcp::wire::{
+        IpProtocol, Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
+    };
+
+    fn stack() -> PortStack {
+        let program = Program {
+            networks: vec![Network {
+                id: "n".to_owned(),
+                vni: 1,
+                mtu: 1450,
+                subnets: vec![Subnet {
+                    id: "s".to_owned(),
+                    cidr: "10.0.0.0/24".to_owned(),
+                    gateway: Some(Ipv4Addr::new(10, 0, 0, 1)),
+                    ..Subnet::default()
+                }],
+                remotes: Vec::new(),
+            }],
+            ports: vec![Port {
+                id: "p".to_owned(),
+                network_id: "n".to_owned(),
+                mac: "fa:16:3e:00:00:01".to_owned(),
+                fixed_ips: vec![FixedIp {
+                    subnet_id: "s".to_owned(),
+                    address: "10.0.0.5".parse().unwrap(),
+                }],
+                ..Port::default()
+            }],
+            ..Program::default()
+        };
+        let tables = Tables::compile(program).unwrap();
+        PortStack::new(0, &tables.ports[0], 1450, 1, 0)
+    }
+
+    fn segment(control: TcpControl, seq: u32, ack: Option<u32>, payload: &[u8]) -> Vec<u8> {
+        let tcp = TcpRepr {
+            src_port: 4000,
+            dst_port: 80,
+            control,
+            seq_number: TcpSeqNumber(seq as i32),
+            ack_number: ack.map(|ack| TcpSeqNumber(ack as i32)),
+            window_len: 60_000,
+            window_scale: None,
+            max_seg_size: Some(1400),
+            sack_permitted: false,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload,
+        };
+        let (source, destination) = (Ipv4Addr::new(10, 0, 0, 5), METADATA_ADDRESS);
+        let ip = Ipv4Repr {
+            src_addr: source,
+            dst_addr: destination,
+            next_header: IpProtocol::Tcp,
+            payload_len: tcp.buffer_len(),
+            hop_limit: 64,
+        };
+        let mut bytes = vec![0; 20 + tcp.buffer_len()];
+        let mut packet = Ipv4Packet::new_unchecked(&mut bytes[..]);
+        let checksums = ChecksumCapabilities::default();
+        ip.emit(&mut packet, &checksums);
+        let mut inner = TcpPacket::new_unchecked(packet.payload_mut());
+        tcp.emit(&mut inner, &source.into(), &destination.into(), &checksums);
+        bytes
+    }
+
+    /// Sends a packet and returns the sequence number of the last segment that came back.
+    fn exchange(stack: &mut PortStack, packet: &[u8], now_ms: u64) -> Option<u32> {
+        let mut last = None;
+        stack.receive(packet, now_ms);
+        stack.run(now_ms, |answer| {
+            let packet = Ipv4Packet::new_checked(answer).unwrap();
+            // What is not TCP is an ICMP error about a packet that a test has mangled.
+            if packet.next_header() == IpProtocol::Tcp {
+                let segment = TcpPacket::new_checked(packet.payload()).unwrap();
+                last = Some(segment.seq_number().0 as u32);
+            }
+        });
+        last
+    }
+
+    #[test]
+    fn an_abandoned_handshake_or_request_gives_its_place_back() {
+        let mut stack = stack();
+        let answer = exchange(&mut stack, &segment(TcpControl::Syn, 100, None, b""), 0).unwrap();
+        let part = segment(TcpControl::Psh, 101, Some(answer.wrapping_add(1)), b"GET / HT");
+        exchange(&mut stack, &part, 10);
+        assert!(!stack.metadata.is_idle());
+        let mut now_ms = 10;
+        while !stack.is_idle(now_ms) {
+            assert!(now_ms < 120_000, "the connection is still open");
+            now_ms = stack.deadline_ms().max(now_ms + 1);
+            stack.run(now_ms, |_| {});
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(500) })]
+
+        #[test]
+        fn no_packet_panics_the_stack(
+            changes in proptest::collection::vec(
+                proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3), 1..12),
+            repair in any::<bool>(),
+        ) {
+            let mut stack = stack();
+            let answer = exchange(&mut stack, &segment(TcpControl::Syn, 100, None, b""), 0).unwrap();
+            for (n, changes) in changes.into_iter().enumerate() {
+                let body = b"GET / HTTP/1.1\r\n\r\n";
+                let ack = Some(answer.wrapping_add(1));
+                let mut packet = segment(TcpControl::Psh, 101, ack, body);
+                for (at, byte) in changes {
+                    let at = at.index(packet.len());
+                    packet[at] = byte;
+                }
+                if repair {
+                    if let Ok(mut ip) = Ipv4Packet::new_checked(&mut packet[..]) {
+                        ip.fill_checksum();
+                        let (source, destination) = (ip.src_addr(), ip.dst_addr());
+                        if let Ok(mut tcp) = TcpPacket::new_checked(ip.payload_mut()) {
+                            tcp.fill_checksum(&source.into(), &destination.into());
+                        }
+                    }
+                }
+                exchange(&mut stack, &packet, n as u64);
+            }
+        }
+    }
+}
