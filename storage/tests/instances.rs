@@ -112,7 +112,7 @@ fn the_kernels_own_driver_reads_a_config_drive() {
 mod iso {
     const SECTOR: usize = 2048;
 
-    pub struct Joliet<'a> {
+    pub(crate) struct Joliet<'a> {
         image: &'a [u8],
         root: (usize, usize),
     }
@@ -122,7 +122,7 @@ mod iso {
     }
 
     impl<'a> Joliet<'a> {
-        pub fn new(image: &'a [u8]) -> Self {
+        pub(crate) fn new(image: &'a [u8]) -> Self {
             let descriptor = (16..)
                 .map(|sector| &image[sector * SECTOR..][..SECTOR])
                 .take_while(|descriptor| descriptor[0] != 255)
@@ -132,7 +132,7 @@ mod iso {
             Self { image, root }
         }
 
-        pub fn read(&self, path: &str) -> Option<Vec<u8>> {
+        pub(crate) fn read(&self, path: &str) -> Option<Vec<u8>> {
             let mut found = self.root;
             for name in path.split('/') {
                 found = self.entry(found, name)?;

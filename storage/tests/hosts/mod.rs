@@ -15,16 +15,16 @@ use storage::control::{Attachment, ImageInfo, Peer};
 use storage::{Client, Error, ErrorKind, Service, StorageConfig, Tls};
 use tempfile::TempDir;
 
-pub const CLUSTER: &str = "0123456789abcdef";
+pub(crate) const CLUSTER: &str = "0123456789abcdef";
 
 /// A cluster's authority.
-pub struct Authority {
+pub(crate) struct Authority {
     certificate_pem: String,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl Authority {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::default();
         params.distinguished_name.push(DnType::CommonName, "authority");
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -34,7 +34,7 @@ impl Authority {
         Self { certificate_pem, issuer: Issuer::new(params, key) }
     }
 
-    pub fn identity(&self, name: &str) -> Tls {
+    pub(crate) fn identity(&self, name: &str) -> Tls {
         let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
         params.extended_key_usages =
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -49,19 +49,19 @@ impl Authority {
 }
 
 /// One host: its service can be stopped and started over the same directory.
-pub struct Host {
-    pub place: TempDir,
+pub(crate) struct Host {
+    pub(crate) place: TempDir,
     name: String,
     tls: Tls,
     service: Option<Service>,
 }
 
 impl Host {
-    pub fn start(authority: &Authority, id: u32) -> Self {
+    pub(crate) fn start(authority: &Authority, id: u32) -> Self {
         Self::start_as(authority, format!("node-{id}.{CLUSTER}.trine"))
     }
 
-    pub fn start_as(authority: &Authority, name: String) -> Self {
+    pub(crate) fn start_as(authority: &Authority, name: String) -> Self {
         let place = tempfile::tempdir().unwrap();
         let tls = authority.identity(&name);
         let mut host = Self { place, name, tls, service: None };
@@ -69,7 +69,7 @@ impl Host {
         host
     }
 
-    pub fn config(&self) -> StorageConfig {
+    pub(crate) fn config(&self) -> StorageConfig {
         StorageConfig {
             control: self.place.path().join("control"),
             directory: self.directory(),
@@ -79,29 +79,31 @@ impl Host {
         }
     }
 
-    pub fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.stop();
         self.service = Some(Service::start(self.config()).unwrap());
+        // A status waits for the measurement at start, which uses the staging directory.
+        self.client().status().unwrap();
     }
 
-    pub fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.service = None;
     }
 
-    pub fn directory(&self) -> PathBuf {
+    pub(crate) fn directory(&self) -> PathBuf {
         self.place.path().join("storage")
     }
 
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         Client::connect(&self.place.path().join("control")).unwrap()
     }
 
-    pub fn peer(&self) -> Peer {
+    pub(crate) fn peer(&self) -> Peer {
         let address = self.service.as_ref().unwrap().listen();
         Peer { address, server_name: self.name.clone() }
     }
 
-    pub fn import(&self, content: &[u8]) -> Result<ImageInfo, Error> {
+    pub(crate) fn import(&self, content: &[u8]) -> Result<ImageInfo, Error> {
         let (reader, mut writer) = std::io::pipe().unwrap();
         let content = content.to_vec();
         // A refused import closes its end early: that the rest can't be written is then no news.
@@ -115,12 +117,12 @@ impl Host {
     }
 
     /// Entries under one of the directory's folders.
-    pub fn entries(&self, folder: &str) -> usize {
+    pub(crate) fn entries(&self, folder: &str) -> usize {
         std::fs::read_dir(self.directory().join(folder)).unwrap().count()
     }
 }
 
-pub fn attachment(volume_id: &str, server_id: &str, generation: u64) -> Attachment {
+pub(crate) fn attachment(volume_id: &str, server_id: &str, generation: u64) -> Attachment {
     Attachment {
         volume_id: volume_id.to_owned(),
         server_id: server_id.to_owned(),
@@ -129,33 +131,40 @@ pub fn attachment(volume_id: &str, server_id: &str, generation: u64) -> Attachme
     }
 }
 
-pub fn kind<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorKind {
+pub(crate) fn kind<T: std::fmt::Debug>(result: Result<T, Error>) -> ErrorKind {
     result.unwrap_err().kind
 }
 
 /// Bytes in which no two blocks are alike.
-pub fn pattern(length: usize) -> Vec<u8> {
+pub(crate) fn pattern(length: usize) -> Vec<u8> {
     (0..length as u64).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
 }
 
 /// What a guest's process does with the socket of a connected volume.
-pub struct Nbd {
+pub(crate) struct Nbd {
     socket: UnixStream,
 }
 
-pub const READ: u16 = 0;
-pub const WRITE: u16 = 1;
-pub const FLUSH: u16 = 3;
-pub const TRIM: u16 = 4;
-pub const WRITE_ZEROES: u16 = 6;
-pub const FUA: u16 = 1;
+pub(crate) const READ: u16 = 0;
+pub(crate) const WRITE: u16 = 1;
+pub(crate) const FLUSH: u16 = 3;
+pub(crate) const TRIM: u16 = 4;
+pub(crate) const WRITE_ZEROES: u16 = 6;
+pub(crate) const FUA: u16 = 1;
 
 impl Nbd {
-    pub fn new(descriptor: OwnedFd) -> Self {
+    pub(crate) fn new(descriptor: OwnedFd) -> Self {
         Self { socket: descriptor.into() }
     }
 
-    pub fn send(&mut self, command: u16, flags: u16, offset: u64, length: u32, payload: &[u8]) {
+    pub(crate) fn send(
+        &mut self,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u32,
+        payload: &[u8],
+    ) {
         let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
         request.extend(flags.to_be_bytes());
         request.extend(command.to_be_bytes());
@@ -167,7 +176,7 @@ impl Nbd {
     }
 
     /// The error number of the next reply and its cookie (the offset).
-    pub fn reply(&mut self) -> std::io::Result<(u32, u64)> {
+    pub(crate) fn reply(&mut self) -> std::io::Result<(u32, u64)> {
         let mut reply = [0; 16];
         self.socket.read_exact(&mut reply)?;
         assert_eq!(reply[..4], 0x6744_6698u32.to_be_bytes());
@@ -175,7 +184,7 @@ impl Nbd {
         Ok((error, u64::from_be_bytes(reply[8..].try_into().unwrap())))
     }
 
-    pub fn call(
+    pub(crate) fn call(
         &mut self,
         command: u16,
         flags: u16,
@@ -187,15 +196,15 @@ impl Nbd {
         self.reply().unwrap().0
     }
 
-    pub fn write(&mut self, offset: u64, bytes: &[u8]) {
+    pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) {
         assert_eq!(self.call(WRITE, 0, offset, bytes, bytes.len() as u32), 0);
     }
 
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         assert_eq!(self.call(FLUSH, 0, 0, &[], 0), 0);
     }
 
-    pub fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
+    pub(crate) fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
         assert_eq!(self.call(READ, 0, offset, &[], length), 0);
         let mut bytes = vec![0; length as usize];
         self.socket.read_exact(&mut bytes).unwrap();
@@ -203,7 +212,7 @@ impl Nbd {
     }
 
     /// Whether the home has closed the connection.
-    pub fn is_closed(&mut self) -> bool {
+    pub(crate) fn is_closed(&mut self) -> bool {
         let mut byte = [0];
         matches!(self.socket.read(&mut byte), Ok(0) | Err(_))
     }
