@@ -6,9 +6,11 @@ pub mod protocol;
 pub mod steps;
 pub mod view;
 
+mod prepare;
 mod schedule;
 
 pub use host_view::host_view;
-pub use schedule::Liveness;
+pub use prepare::prepare;
+pub use schedule::{IN_FLIGHT_MAX, InFlight, Liveness, schedule};
 pub use steps::{Step, plan};
 pub use view::HostView;

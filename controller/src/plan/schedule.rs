@@ -2,15 +2,303 @@
 //! a pure function of the state, the hosts that live and the leader's own placements
 //! that aren't in the state yet.
 
-use std::collections::BTreeSet;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::HostId;
+use crate::ids::{HostId, ServerGroupId, ServerId, VolumeId};
+use crate::state::State;
+use crate::state::cluster::Host;
+use crate::state::compute::{Flavor, GroupPolicy, NewServer, Placed, Placement, ServerGroup};
+use crate::state::volume::NewVolume;
+
+/// How many of the leader's own placements are remembered until they are in the state.
+pub const IN_FLIGHT_MAX: usize = 4096;
 
 /// Which hosts are heard from.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Liveness {
     /// Hosts whose heartbeat is fresh.
     pub up: BTreeSet<HostId>,
+}
+
+/// Placements that the leader made and that aren't applied yet.
+#[derive(Clone, Debug, Default)]
+pub struct InFlight {
+    servers: BTreeMap<ServerId, (u64, HostId, Promise)>,
+    volumes: BTreeMap<VolumeId, (u64, HostId, u64)>,
+    sequence: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Promise {
+    flavor: Flavor,
+    group: Option<ServerGroupId>,
+}
+
+impl InFlight {
+    /// Forgets what is in the state now, and the oldest above the limit (a placement whose
+    /// command never made it into the log).
+    pub fn settle(&mut self, state: &State) {
+        self.servers.retain(|id, _| !state.compute.servers.contains_key(id));
+        self.volumes.retain(|id, _| !state.volume.volumes.contains_key(id));
+        let oldest = self.sequence.saturating_sub(IN_FLIGHT_MAX as u64);
+        self.servers.retain(|_, (sequence, _, _)| *sequence >= oldest);
+        self.volumes.retain(|_, (sequence, _, _)| *sequence >= oldest);
+    }
+
+    /// Forgets one server's or volume's placement, because its command was refused.
+    pub fn forget(&mut self, id: &str) {
+        self.servers.remove(id);
+        self.volumes.remove(id);
+    }
+
+    fn promise_server(&mut self, new: &NewServer, host: HostId, flavor: &Flavor) {
+        self.sequence += 1;
+        let promise = Promise { flavor: flavor.clone(), group: new.group_id.clone() };
+        self.servers.insert(new.id.clone(), (self.sequence, host, promise));
+    }
+
+    fn promise_volume(&mut self, new: &NewVolume, host: HostId) {
+        self.sequence += 1;
+        self.volumes.insert(new.id.clone(), (self.sequence, host, new.size_gib));
+    }
+
+    /// What a host was promised, except to this server.
+    fn promised(&self, host: HostId, except: &ServerId) -> Placed {
+        let mut placed = Placed::default();
+        for (id, (_, on, promise)) in &self.servers {
+            if *on == host && id != except {
+                placed.servers.insert(id.clone());
+                placed.vcpus += u64::from(promise.flavor.vcpus);
+                placed.ram_mib += promise.flavor.ram_mib;
+                placed.disk_gib += promise.flavor.disk_gib();
+            }
+        }
+        placed.disk_gib += self.promised_gib(host, None);
+        placed
+    }
+
+    fn promised_gib(&self, host: HostId, except: Option<&VolumeId>) -> u64 {
+        let of_host = |(id, (_, on, _)): &(&VolumeId, &(u64, HostId, u64))| {
+            *on == host && Some(*id) != except
+        };
+        self.volumes.iter().filter(of_host).map(|(_, (_, _, size))| size).sum()
+    }
+
+    /// A group's servers promised to a host, and to others.
+    fn members_on(&self, group: &ServerGroupId, host: HostId, except: &ServerId) -> (usize, usize) {
+        let of_group = self
+            .servers
+            .iter()
+            .filter(|(id, (_, _, promise))| promise.group.as_ref() == Some(group) && *id != except);
+        of_group.fold((0, 0), |(here, elsewhere), (_, (_, on, _))| {
+            if *on == host { (here + 1, elsewhere) } else { (here, elsewhere + 1) }
+        })
+    }
+}
+
+/// A host that is still in the running, with what the weighers look at.
+struct Candidate<'a> {
+    host: &'a Host,
+    promised: Placed,
+    /// The group's servers here and elsewhere.
+    members: (usize, usize),
+}
+
+/// Chooses a server's host, or says which filter removed which host.
+pub fn schedule(
+    state: &State,
+    liveness: &Liveness,
+    in_flight: &InFlight,
+    new: &NewServer,
+) -> Placement {
+    let Some(flavor) = state.compute.flavors.get(&new.flavor_id) else {
+        return nowhere(vec![format!("flavor {} does not exist", new.flavor_id)], 0);
+    };
+    let group = new.group_id.as_ref().and_then(|id| state.compute.groups.get(id));
+    let mut left: Vec<Candidate<'_>> = state
+        .cluster
+        .hosts
+        .values()
+        .map(|host| candidate(state, in_flight, new, host, group))
+        .collect();
+    let total = left.len();
+    let mut log = Vec::new();
+    let mut filter = |name: &str, why: &dyn Fn(&Candidate<'_>) -> Option<String>| {
+        if left.is_empty() {
+            return;
+        }
+        let mut removed = Vec::new();
+        left.retain(|candidate| match why(candidate) {
+            None => true,
+            Some(reason) => {
+                removed.push(format!("{}: {reason}", candidate.host.name));
+                false
+            }
+        });
+        if !removed.is_empty() {
+            log.push(format!("{name} removed {}", removed.join("; ")));
+        }
+    };
+    filter("ComputeFilter", &|c| unusable(c.host, liveness));
+    filter("AvailabilityZoneFilter", &|c| {
+        let wanted = new.availability_zone.as_deref()?;
+        (wanted != c.host.availability_zone)
+            .then(|| format!("is in zone {}, not {wanted}", c.host.availability_zone))
+    });
+    filter("HostNameFilter", &|c| {
+        let wanted = new.requested_host.as_deref()?;
+        (wanted != c.host.name).then(|| format!("{wanted} was asked for"))
+    });
+    filter("ResourceFilter", &|c| state.shortage(c.host, flavor, &c.promised));
+    filter("ServerGroupFilter", &|c| group.and_then(|group| group_refuses(group, c)));
+    let best = left.iter().max_by_key(|candidate| weight(state, group, candidate));
+    match best {
+        Some(best) => Placement::Host(best.host.id),
+        None => nowhere(log, total),
+    }
+}
+
+fn candidate<'a>(
+    state: &State,
+    in_flight: &InFlight,
+    new: &NewServer,
+    host: &'a Host,
+    group: Option<&ServerGroup>,
+) -> Candidate<'a> {
+    let members = group.map_or((0, 0), |group| {
+        let placed = state.members_on(group, host.id);
+        let promised = in_flight.members_on(&group.id, host.id, &new.id);
+        (placed.0 + promised.0, placed.1 + promised.1)
+    });
+    Candidate { host, promised: in_flight.promised(host.id, &new.id), members }
+}
+
+fn unusable(host: &Host, liveness: &Liveness) -> Option<String> {
+    if host.forced_down {
+        return Some("was forced down by an operator".into());
+    }
+    if !liveness.up.contains(&host.id) {
+        return Some("is down (no heartbeat)".into());
+    }
+    host.disabled.then(|| match &host.disabled_reason {
+        Some(reason) => format!("is disabled ({reason})"),
+        None => "is disabled".into(),
+    })
+}
+
+fn group_refuses(group: &ServerGroup, candidate: &Candidate<'_>) -> Option<String> {
+    let (here, elsewhere) = candidate.members;
+    match group.policy {
+        GroupPolicy::AntiAffinity if here >= group.max_server_per_host as usize => {
+            Some(format!("has {here} of anti-affinity group {} already", group.name))
+        }
+        GroupPolicy::Affinity if here == 0 && elsewhere > 0 => {
+            Some(format!("has none of affinity group {}, which is elsewhere", group.name))
+        }
+        _ => None,
+    }
+}
+
+/// The soft policies first, then the most free memory, then the fewest servers, then the
+/// lowest id.
+fn weight(
+    state: &State,
+    group: Option<&ServerGroup>,
+    candidate: &Candidate<'_>,
+) -> (Reverse<usize>, u64, Reverse<usize>, Reverse<HostId>) {
+    let placed = state.compute.placed.get(&candidate.host.id);
+    let servers = placed.map_or(0, |placed| placed.servers.len());
+    let used = placed.map_or(0, |placed| placed.ram_mib) + candidate.promised.ram_mib;
+    let apart = match group.map(|group| group.policy) {
+        Some(GroupPolicy::SoftAffinity) => candidate.members.1,
+        Some(GroupPolicy::SoftAntiAffinity) => candidate.members.0,
+        _ => 0,
+    };
+    (
+        Reverse(apart),
+        candidate.host.capacity.ram_mib.saturating_sub(used),
+        Reverse(servers + candidate.promised.servers.len()),
+        Reverse(candidate.host.id),
+    )
+}
+
+fn nowhere(log: Vec<String>, total: usize) -> Placement {
+    let details = if log.is_empty() {
+        "The cluster has no hosts.".to_owned()
+    } else {
+        format!("Of {total} hosts: {}.", log.join(". "))
+    };
+    Placement::NoValidHost { message: format!("No valid host was found. {details}"), details }
+}
+
+/// Chooses a volume's home: the most free disk.
+fn schedule_volume(
+    state: &State,
+    liveness: &Liveness,
+    in_flight: &InFlight,
+    new: &NewVolume,
+) -> Placement {
+    let mut log = Vec::new();
+    let mut best: Option<(u64, Reverse<HostId>)> = None;
+    for host in state.cluster.hosts.values() {
+        let promised = in_flight.promised_gib(host.id, Some(&new.id));
+        let free = state.free_disk_gib(host).saturating_sub(promised);
+        let zone = new.availability_zone.as_deref();
+        let refusal = unusable(host, liveness)
+            .map(|why| format!("ComputeFilter removed {}: {why}", host.name))
+            .or_else(|| {
+                zone.filter(|zone| *zone != host.availability_zone).map(|zone| {
+                    format!("AvailabilityZoneFilter removed {}: not in {zone}", host.name)
+                })
+            })
+            .or_else(|| {
+                (free < new.size_gib).then(|| {
+                    format!(
+                        "CapacityFilter removed {}: {} GiB wanted, {free} free",
+                        host.name, new.size_gib
+                    )
+                })
+            });
+        match refusal {
+            Some(refusal) => log.push(refusal),
+            None => best = best.max(Some((free, Reverse(host.id)))),
+        }
+    }
+    match best {
+        Some((_, Reverse(host))) => Placement::Host(host),
+        None => nowhere(log, state.cluster.hosts.len()),
+    }
+}
+
+/// Places a server, and remembers it until it is in the state.
+pub(super) fn place_server(
+    state: &State,
+    liveness: &Liveness,
+    in_flight: &mut InFlight,
+    new: &mut NewServer,
+) {
+    let placement = schedule(state, liveness, in_flight, new);
+    if let (Placement::Host(host), Some(flavor)) =
+        (&placement, state.compute.flavors.get(&new.flavor_id))
+    {
+        in_flight.promise_server(new, *host, flavor);
+    }
+    new.placement = Some(placement);
+}
+
+/// Chooses a volume's home, and remembers it until it is in the state.
+pub(super) fn place_volume(
+    state: &State,
+    liveness: &Liveness,
+    in_flight: &mut InFlight,
+    new: &mut NewVolume,
+) {
+    let placement = schedule_volume(state, liveness, in_flight, new);
+    if let Placement::Host(host) = placement {
+        in_flight.promise_volume(new, host);
+    }
+    new.placement = Some(placement);
 }
