@@ -102,7 +102,9 @@ impl World {
     /// The slot of the disk whose serial number starts so; it asks disks it does not know yet.
     pub(crate) fn find_disk(&mut self, serial: &str) -> Option<u16> {
         let slots: alloc::vec::Vec<u16> = self.disks.iter().map(Disk::slot).collect();
-        slots.into_iter().find(|slot| self.serial(*slot).is_ok_and(|found| found.starts_with(serial)))
+        slots
+            .into_iter()
+            .find(|slot| self.serial(*slot).is_ok_and(|found| found.starts_with(serial)))
     }
 
     fn serial(&mut self, slot: u16) -> Result<String, DiskError> {
@@ -121,7 +123,9 @@ impl World {
     pub(crate) fn write_pattern(&mut self, slot: u16, pattern: &Pattern) -> Result<(), DiskError> {
         for (offset, bytes) in requests(0, pattern.bytes) {
             self.request(slot, |device| {
-                device.start_write(offset, bytes, |buffer| pattern.fill(offset, buffer)).map(|()| true)
+                device
+                    .start_write(offset, bytes, |buffer| pattern.fill(offset, buffer))
+                    .map(|()| true)
             })?;
         }
         self.request(slot, BlockDevice::start_flush)
@@ -159,7 +163,8 @@ impl ReadAt for DiskReader<'_> {
 
     fn read_at(&mut self, start: u64, buffer: &mut [u8]) -> Result<(), DiskError> {
         for (offset, bytes) in requests(start, buffer.len() as u64) {
-            self.world.request(self.slot, |device| device.start_read(offset, bytes).map(|()| true))?;
+            self.world
+                .request(self.slot, |device| device.start_read(offset, bytes).map(|()| true))?;
             let at = (offset - start) as usize;
             buffer[at..at + bytes].copy_from_slice(self.world.disk(self.slot)?.device.data());
         }

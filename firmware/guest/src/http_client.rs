@@ -24,10 +24,11 @@ pub(crate) fn get<T>(
 ) -> Result<T, String> {
     loop {
         let attempt_deadline = deadline.min(clock::now().after_micros(ATTEMPT_MICROS_MAX));
-        let reason = match fetch(world, url, attempt_deadline).and_then(|response| accept(&response)) {
-            Ok(value) => return Ok(value),
-            Err(reason) => reason,
-        };
+        let reason =
+            match fetch(world, url, attempt_deadline).and_then(|response| accept(&response)) {
+                Ok(value) => return Ok(value),
+                Err(reason) => reason,
+            };
         let next = clock::now().after_micros(PAUSE_MICROS);
         if next >= deadline {
             return Err(reason);
@@ -84,7 +85,9 @@ fn transfer(
             unsent = &unsent[sent..];
         }
         while socket.can_recv() {
-            let pushed = socket.recv(|bytes| (bytes.len(), reader.push(bytes))).map_err(|error| error.to_string())?;
+            let pushed = socket
+                .recv(|bytes| (bytes.len(), reader.push(bytes)))
+                .map_err(|error| error.to_string())?;
             if let Some(response) = pushed.map_err(|error| error.to_string())? {
                 return Ok(response);
             }

@@ -68,7 +68,13 @@ impl Connection {
         Connection { socket, request: Vec::new(), answer: Vec::new(), sent: 0, deadline: None }
     }
 
-    fn serve(&mut self, sockets: &mut SocketSet<'static>, port: u16, text: &str, now: Instant) -> bool {
+    fn serve(
+        &mut self,
+        sockets: &mut SocketSet<'static>,
+        port: u16,
+        text: &str,
+        now: Instant,
+    ) -> bool {
         let socket = sockets.get_mut::<Socket>(self.socket);
         match socket.state() {
             State::Listen | State::SynReceived => false,
@@ -76,7 +82,13 @@ impl Connection {
             State::Closed | State::TimeWait => {
                 socket.abort();
                 let _ = socket.listen(port);
-                *self = Connection { socket: self.socket, request: Vec::new(), answer: Vec::new(), sent: 0, deadline: None };
+                *self = Connection {
+                    socket: self.socket,
+                    request: Vec::new(),
+                    answer: Vec::new(),
+                    sent: 0,
+                    deadline: None,
+                };
                 true
             }
             _ if self.deadline.is_some_and(|deadline| now >= deadline) => {

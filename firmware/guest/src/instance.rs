@@ -62,7 +62,8 @@ fn read_drive(world: &mut World, slot: u16, path: &str) -> Result<Option<Vec<u8>
 }
 
 fn drive_uuid(world: &mut World, slot: u16) -> Result<String, String> {
-    let bytes = read_drive(world, slot, META_DATA)?.ok_or_else(|| alloc::format!("{META_DATA}: no such file"))?;
+    let bytes = read_drive(world, slot, META_DATA)?
+        .ok_or_else(|| alloc::format!("{META_DATA}: no such file"))?;
     string_of(&bytes, "uuid")
 }
 

@@ -9,7 +9,9 @@ use inputs::dhcp::{self, OPTION_CLASSLESS_ROUTES, OPTION_MTU};
 use runtime::clock::Instant;
 use runtime::virtio::net::NetDevice;
 use runtime::{boot, cpu, println};
-use smoltcp::iface::{Config, Interface, PollIngressSingleResult, PollResult, Route, SocketHandle, SocketSet};
+use smoltcp::iface::{
+    Config, Interface, PollIngressSingleResult, PollResult, Route, SocketHandle, SocketSet,
+};
 use smoltcp::socket::dhcpv4;
 use smoltcp::time::{Duration, Instant as StackInstant};
 use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
@@ -90,7 +92,16 @@ impl Network {
         let dhcp = sockets.add(new_dhcp_socket());
         let ports = u64::from(EPHEMERAL_PORTS.end - EPHEMERAL_PORTS.start);
         let next_port = EPHEMERAL_PORTS.start + (seed() % ports) as u16;
-        Network { device, interface, sockets, servers: Vec::new(), dhcp, address: None, next_port, generation }
+        Network {
+            device,
+            interface,
+            sockets,
+            servers: Vec::new(),
+            dhcp,
+            address: None,
+            next_port,
+            generation,
+        }
     }
 
     pub(crate) fn slot(&self) -> u16 {
@@ -108,7 +119,8 @@ impl Network {
     /// A local port for a new connection.
     pub(crate) fn take_port(&mut self) -> u16 {
         let port = self.next_port;
-        self.next_port = if port + 1 < EPHEMERAL_PORTS.end { port + 1 } else { EPHEMERAL_PORTS.start };
+        self.next_port =
+            if port + 1 < EPHEMERAL_PORTS.end { port + 1 } else { EPHEMERAL_PORTS.start };
         port
     }
 
@@ -120,7 +132,11 @@ impl Network {
         // Each frame's connection is served before the next frame is looked at: a burst of
         // connections is not refused while sockets that are done wait to listen again.
         for _ in 0..FRAMES_PER_TURN {
-            match self.interface.poll_ingress_single(stack_time(now), &mut self.device, &mut self.sockets) {
+            match self.interface.poll_ingress_single(
+                stack_time(now),
+                &mut self.device,
+                &mut self.sockets,
+            ) {
                 PollIngressSingleResult::None => break,
                 PollIngressSingleResult::PacketProcessed => {}
                 PollIngressSingleResult::SocketStateChanged => {
@@ -137,7 +153,8 @@ impl Network {
     }
 
     fn transmit(&mut self, now: Instant) -> bool {
-        let result = self.interface.poll_egress(stack_time(now), &mut self.device, &mut self.sockets);
+        let result =
+            self.interface.poll_egress(stack_time(now), &mut self.device, &mut self.sockets);
         result == PollResult::SocketStateChanged
     }
 
@@ -216,14 +233,20 @@ impl Network {
 fn announce(lease: &Lease, mtu: u16) {
     let gateway = lease.routes.iter().find(|(network, _)| network.prefix_len() == 0);
     match gateway {
-        Some((_, gateway)) => println!("trine: network {} gateway {gateway} mtu {mtu}", lease.address),
+        Some((_, gateway)) => {
+            println!("trine: network {} gateway {gateway} mtu {mtu}", lease.address)
+        }
         None => println!("trine: network {} gateway none mtu {mtu}", lease.address),
     }
 }
 
 fn read_lease(config: &dhcpv4::Config<'_>) -> Lease {
     let option = |code| {
-        config.packet.as_ref().and_then(|packet| packet.options().find(|option| option.kind == code)).map(|o| o.data)
+        config
+            .packet
+            .as_ref()
+            .and_then(|packet| packet.options().find(|option| option.kind == code))
+            .map(|o| o.data)
     };
     let mut routes: Vec<(Ipv4Cidr, Ipv4Addr)> = option(OPTION_CLASSLESS_ROUTES)
         .map(dhcp::classless_routes)
@@ -236,7 +259,9 @@ fn read_lease(config: &dhcpv4::Config<'_>) -> Lease {
         })
         .filter(|(_, via): &(_, Ipv4Addr)| is_unicast(*via))
         .collect();
-    let covers = |routes: &[(Ipv4Cidr, Ipv4Addr)], address| routes.iter().any(|(network, _)| network.contains_addr(&address));
+    let covers = |routes: &[(Ipv4Cidr, Ipv4Addr)], address| {
+        routes.iter().any(|(network, _)| network.contains_addr(&address))
+    };
     if let Some(router) = config.router.filter(|router| is_unicast(*router))
         && !routes.iter().any(|(network, _)| network.prefix_len() == 0)
     {

@@ -17,7 +17,12 @@ const PACKET_BYTES: usize = 256;
 const WINDOW: usize = 64;
 
 /// Sends requests until `count` were answered; the detail names replies and the best time.
-pub(crate) fn ping(world: &mut World, address: [u8; 4], count: u16, deadline: Instant) -> Result<String, String> {
+pub(crate) fn ping(
+    world: &mut World,
+    address: [u8; 4],
+    count: u16,
+    deadline: Instant,
+) -> Result<String, String> {
     let network = world.network.as_mut().ok_or("no network device")?;
     if !network.has_address() {
         return Err("the guest has no address".into());
@@ -25,13 +30,24 @@ pub(crate) fn ping(world: &mut World, address: [u8; 4], count: u16, deadline: In
     let generation = network.generation();
     let identifier = cpu::tsc() as u16 | 1;
     let mut socket = Socket::new(buffer(), buffer());
-    socket.bind(Endpoint::Ident(identifier)).map_err(|error| alloc::format!("can't bind: {error}"))?;
+    socket
+        .bind(Endpoint::Ident(identifier))
+        .map_err(|error| alloc::format!("can't bind: {error}"))?;
     let socket = network.sockets.add(socket);
-    let mut run = Run { identifier, address, sent: [None; WINDOW], next: 0, last: None, replies: 0, micros_min: u64::MAX };
+    let mut run = Run {
+        identifier,
+        address,
+        sent: [None; WINDOW],
+        next: 0,
+        last: None,
+        replies: 0,
+        micros_min: u64::MAX,
+    };
     while clock::now() < deadline && run.replies < count {
         let network = world.network_of(generation)?;
         run.exchange(network.sockets.get_mut::<Socket>(socket));
-        let wake = run.last.map_or(deadline, |last| deadline.min(last.after_micros(INTERVAL_MICROS)));
+        let wake =
+            run.last.map_or(deadline, |last| deadline.min(last.after_micros(INTERVAL_MICROS)));
         if run.replies < count {
             world.turn(Some(wake));
         }
@@ -43,11 +59,18 @@ pub(crate) fn ping(world: &mut World, address: [u8; 4], count: u16, deadline: In
     if replies < count {
         return Err(alloc::format!("{replies}/{count} replies"));
     }
-    Ok(alloc::format!("{replies}/{count} replies, min {}.{:02} ms", micros_min / 1000, micros_min % 1000 / 10))
+    Ok(alloc::format!(
+        "{replies}/{count} replies, min {}.{:02} ms",
+        micros_min / 1000,
+        micros_min % 1000 / 10
+    ))
 }
 
 fn buffer() -> PacketBuffer<'static> {
-    PacketBuffer::new(alloc::vec![PacketMetadata::EMPTY; PACKETS], alloc::vec![0; PACKETS * PACKET_BYTES])
+    PacketBuffer::new(
+        alloc::vec![PacketMetadata::EMPTY; PACKETS],
+        alloc::vec![0; PACKETS * PACKET_BYTES],
+    )
 }
 
 struct Run {
@@ -76,7 +99,10 @@ impl Run {
     fn take_reply(&mut self, packet: &[u8], from: IpAddress) -> bool {
         let checksums = ChecksumCapabilities::default();
         let Ok(packet) = Icmpv4Packet::new_checked(packet) else { return false };
-        let Ok(Icmpv4Repr::EchoReply { seq_no, .. }) = Icmpv4Repr::parse(&packet, &checksums) else { return false };
+        let Ok(Icmpv4Repr::EchoReply { seq_no, .. }) = Icmpv4Repr::parse(&packet, &checksums)
+        else {
+            return false;
+        };
         let slot = &mut self.sent[usize::from(seq_no) % WINDOW];
         let Some((_, at)) = slot.filter(|(sent, _)| *sent == seq_no) else { return false };
         if from != IpAddress::Ipv4(self.address.into()) {
@@ -89,8 +115,12 @@ impl Run {
     }
 
     fn send(&mut self, socket: &mut Socket<'static>) {
-        let request = Icmpv4Repr::EchoRequest { ident: self.identifier, seq_no: self.next, data: PAYLOAD };
-        let Ok(bytes) = socket.send(request.buffer_len(), IpAddress::Ipv4(self.address.into())) else { return };
+        let request =
+            Icmpv4Repr::EchoRequest { ident: self.identifier, seq_no: self.next, data: PAYLOAD };
+        let Ok(bytes) = socket.send(request.buffer_len(), IpAddress::Ipv4(self.address.into()))
+        else {
+            return;
+        };
         request.emit(&mut Icmpv4Packet::new_unchecked(bytes), &ChecksumCapabilities::default());
         let now = clock::now();
         self.sent[usize::from(self.next) % WINDOW] = Some((self.next, now));

@@ -53,9 +53,13 @@ fn run_step(world: &mut World, step: &Step) -> Result<String, String> {
             world.wait_until(clock::now().after_micros(*micros));
             Ok(String::new())
         }
-        Step::Ping { address, count, timeout_micros } => ping::ping(world, *address, *count, deadline(*timeout_micros)),
+        Step::Ping { address, count, timeout_micros } => {
+            ping::ping(world, *address, *count, deadline(*timeout_micros))
+        }
         Step::HttpServe { port, text } => http_serve(world, *port, text),
-        Step::HttpGet { url, expect, timeout_micros } => http_get(world, url, expect.as_deref(), *timeout_micros),
+        Step::HttpGet { url, expect, timeout_micros } => {
+            http_get(world, url, expect.as_deref(), *timeout_micros)
+        }
         Step::DiskWait { serial, timeout_micros } => disk_wait(world, serial, *timeout_micros),
         Step::DiskWrite(pattern) => disk_write(world, pattern),
         Step::DiskVerify(pattern) => disk_verify(world, pattern),
@@ -85,13 +89,20 @@ fn http_serve(world: &mut World, port: u16, text: &str) -> Result<String, String
     Ok(alloc::format!("port {port}"))
 }
 
-fn http_get(world: &mut World, url: &Url, expect: Option<&str>, timeout_micros: u64) -> Result<String, String> {
+fn http_get(
+    world: &mut World,
+    url: &Url,
+    expect: Option<&str>,
+    timeout_micros: u64,
+) -> Result<String, String> {
     let start = clock::now();
     http_client::get(world, url, deadline(timeout_micros), |response| {
         let contains = |text: &str| String::from_utf8_lossy(&response.body).contains(text);
         match expect {
             _ if response.status != 200 => Err(alloc::format!("status {}", response.status)),
-            Some(text) if !contains(text) => Err(alloc::format!("the body does not contain {text}")),
+            Some(text) if !contains(text) => {
+                Err(alloc::format!("the body does not contain {text}"))
+            }
             _ => Ok(alloc::format!("{} bytes, {} ms", response.body.len(), millis_since(start))),
         }
     })
@@ -132,7 +143,9 @@ fn look_again(world: &mut World, deadline: Instant) -> bool {
 }
 
 fn find(world: &mut World, pattern: &Pattern) -> Result<u16, String> {
-    let slot = world.find_disk(&pattern.serial).ok_or_else(|| alloc::format!("no disk {}", pattern.serial))?;
+    let slot = world
+        .find_disk(&pattern.serial)
+        .ok_or_else(|| alloc::format!("no disk {}", pattern.serial))?;
     let size_bytes = world.disk(slot).map_err(|error| error.to_string())?.size_bytes();
     if pattern.bytes > size_bytes {
         return Err(alloc::format!("{} bytes don't fit on a disk of {size_bytes}", pattern.bytes));

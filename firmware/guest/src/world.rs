@@ -141,7 +141,10 @@ impl World {
     }
 
     /// The network that a socket was made in, if that is still the one.
-    pub(crate) fn network_of(&mut self, generation: Generation) -> Result<&mut Network, &'static str> {
+    pub(crate) fn network_of(
+        &mut self,
+        generation: Generation,
+    ) -> Result<&mut Network, &'static str> {
         let same = |network: &&mut Network| network.generation() == generation;
         self.network.as_mut().filter(same).ok_or("the network device was taken away")
     }

@@ -37,7 +37,12 @@ pub fn classless_routes(mut data: &[u8]) -> Vec<Route> {
         }
         let mut network = [0; 4];
         network[..significant].copy_from_slice(&rest[..significant]);
-        let via = [rest[significant], rest[significant + 1], rest[significant + 2], rest[significant + 3]];
+        let via = [
+            rest[significant],
+            rest[significant + 1],
+            rest[significant + 2],
+            rest[significant + 3],
+        ];
         if routes.len() < ROUTES_MAX {
             routes.push(Route { network, prefix, via });
         }
@@ -52,7 +57,8 @@ mod tests {
 
     #[test]
     fn routes_are_read_with_as_many_octets_as_their_prefix_needs() {
-        let data = [32, 169, 254, 169, 254, 10, 0, 0, 2, 0, 10, 0, 0, 1, 20, 172, 16, 16, 0, 0, 0, 0];
+        let data =
+            [32, 169, 254, 169, 254, 10, 0, 0, 2, 0, 10, 0, 0, 1, 20, 172, 16, 16, 0, 0, 0, 0];
         let routes = classless_routes(&data);
         assert_eq!(
             routes,

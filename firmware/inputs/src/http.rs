@@ -29,7 +29,13 @@ impl Url {
             None => (rest, "/"),
         };
         let (host, port) = match authority.split_once(':') {
-            Some((host, port)) => (host, port.parse().ok().filter(|p| *p != 0).ok_or("the port is a number from 1 to 65535")?),
+            Some((host, port)) => (
+                host,
+                port.parse()
+                    .ok()
+                    .filter(|p| *p != 0)
+                    .ok_or("the port is a number from 1 to 65535")?,
+            ),
             None => (authority, 80),
         };
         let address = parse_ipv4(host).ok_or("the host is an IPv4 address")?;
@@ -120,7 +126,9 @@ impl ResponseReader {
             self.head = read_head(&self.bytes)?;
         }
         match self.head {
-            Some(Head { body_start, body_len: Some(len), .. }) if self.bytes.len() >= body_start + len => {
+            Some(Head { body_start, body_len: Some(len), .. })
+                if self.bytes.len() >= body_start + len =>
+            {
                 self.take(Some(len)).map(Some)
             }
             _ => Ok(None),
@@ -195,7 +203,8 @@ pub fn read_request(bytes: &[u8]) -> Request {
     let Some(end) = head_end(bytes) else {
         return if bytes.len() > HEAD_BYTES_MAX { Request::Malformed } else { Request::Partial };
     };
-    let Some(line) = core::str::from_utf8(&bytes[..end]).ok().and_then(|text| text.lines().next()) else {
+    let Some(line) = core::str::from_utf8(&bytes[..end]).ok().and_then(|text| text.lines().next())
+    else {
         return Request::Malformed;
     };
     let mut words = line.split(' ');
@@ -213,7 +222,9 @@ pub fn answer(request: Request, text: &str) -> Vec<u8> {
     let (status, body) = match request {
         Request::Partial => return Vec::new(),
         Request::Get | Request::Head => ("200 OK", text),
-        Request::Other => ("405 Method Not Allowed\r\nAllow: GET, HEAD", "only GET is answered here\n"),
+        Request::Other => {
+            ("405 Method Not Allowed\r\nAllow: GET, HEAD", "only GET is answered here\n")
+        }
         Request::Malformed => ("400 Bad Request", "this is not HTTP/1\n"),
     };
     let mut bytes = alloc::format!(
@@ -237,7 +248,14 @@ mod tests {
         assert_eq!((url.address, url.port, url.path.as_str()), ([10, 0, 0, 7], 8080, "/a?b=c"));
         assert!(url.request().starts_with("GET /a?b=c HTTP/1.0\r\nHost: 10.0.0.7:8080\r\n"));
         assert_eq!(Url::parse("http://10.0.0.7").unwrap().path, "/");
-        for wrong in ["https://10.0.0.7/", "http://host/", "http://10.0.0.7:0/", "http://10.0.0.7:x/", "http://1.2.3/", "http://1.2.3.4/\n"] {
+        for wrong in [
+            "https://10.0.0.7/",
+            "http://host/",
+            "http://10.0.0.7:0/",
+            "http://10.0.0.7:x/",
+            "http://1.2.3/",
+            "http://1.2.3.4/\n",
+        ] {
             assert!(Url::parse(wrong).is_err(), "{wrong}");
         }
     }
@@ -260,14 +278,23 @@ mod tests {
             assert_eq!(read(&[&whole[..cut], &whole[cut..]]), Ok(expected.clone()));
             assert_eq!(read(&[&whole[..cut]]).is_err(), cut < whole.len());
         }
-        assert_eq!(read(&[b"HTTP/1.0 404 Not Found\r\n\r\n", b"no"]), Ok(Response { status: 404, body: b"no".to_vec() }));
+        assert_eq!(
+            read(&[b"HTTP/1.0 404 Not Found\r\n\r\n", b"no"]),
+            Ok(Response { status: 404, body: b"no".to_vec() })
+        );
     }
 
     #[test]
     fn hostile_answers_are_errors() {
         assert_eq!(read(&[b"SSH-2.0-x\r\n\r\n"]), Err(ResponseError::Malformed));
-        assert_eq!(read(&[b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"]), Err(ResponseError::Malformed));
-        assert_eq!(read(&[b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n"]), Err(ResponseError::TooLong));
+        assert_eq!(
+            read(&[b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"]),
+            Err(ResponseError::Malformed)
+        );
+        assert_eq!(
+            read(&[b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n"]),
+            Err(ResponseError::TooLong)
+        );
         assert_eq!(read(&[&[b'x'; HEAD_BYTES_MAX + 1]]), Err(ResponseError::TooLong));
         assert_eq!(read(&[]), Err(ResponseError::Cut));
     }
@@ -279,7 +306,10 @@ mod tests {
         assert_eq!(read_request(b"POST / HTTP/1.1\r\n\r\n"), Request::Other);
         assert_eq!(read_request(b"\xff\xfe\r\n\r\n"), Request::Malformed);
         assert_eq!(read_request(&[b'x'; HEAD_BYTES_MAX + 1]), Request::Malformed);
-        assert!(answer(Request::Get, "hi").ends_with(b"Content-Length: 2\r\nConnection: close\r\n\r\nhi"));
+        assert!(
+            answer(Request::Get, "hi")
+                .ends_with(b"Content-Length: 2\r\nConnection: close\r\n\r\nhi")
+        );
         assert!(answer(Request::Head, "hi").ends_with(b"\r\n\r\n"));
         assert!(answer(Request::Partial, "hi").is_empty());
     }

@@ -94,7 +94,11 @@ impl<R: ReadAt> Volume<R> {
             let root = extent_of(&sector[156..190]);
             match (sector[0], root) {
                 (1, Some(root)) if size_ok => {
-                    label = Some(String::from_utf8_lossy(&sector[40..72]).trim_matches([' ', '\0']).to_string());
+                    label = Some(
+                        String::from_utf8_lossy(&sector[40..72])
+                            .trim_matches([' ', '\0'])
+                            .to_string(),
+                    );
                     trees.push(Tree { names: Names::Plain, root });
                 }
                 (2, Some(root)) if size_ok && is_joliet(&sector[88..91]) => {
@@ -125,7 +129,12 @@ impl<R: ReadAt> Volume<R> {
         Err(IsoError::NotFound)
     }
 
-    fn find(&mut self, names: Names, root: Extent, path: &str) -> Result<Option<Extent>, IsoError<R::Error>> {
+    fn find(
+        &mut self,
+        names: Names,
+        root: Extent,
+        path: &str,
+    ) -> Result<Option<Extent>, IsoError<R::Error>> {
         let mut at = root;
         for component in path.split('/') {
             match self.find_in(names, at, component)? {
@@ -136,7 +145,12 @@ impl<R: ReadAt> Volume<R> {
         Ok(Some(at))
     }
 
-    fn find_in(&mut self, names: Names, directory: Extent, name: &str) -> Result<Option<Extent>, IsoError<R::Error>> {
+    fn find_in(
+        &mut self,
+        names: Names,
+        directory: Extent,
+        name: &str,
+    ) -> Result<Option<Extent>, IsoError<R::Error>> {
         let bytes = self.read_extent(directory, DIRECTORY_BYTES_MAX)?;
         for sector in bytes.chunks(SECTOR_BYTES) {
             for record in Records(sector) {
@@ -153,7 +167,9 @@ impl<R: ReadAt> Volume<R> {
     }
 
     fn is_named(&mut self, record: &[u8], name: &str) -> Result<bool, IsoError<R::Error>> {
-        if identifier(record).is_some_and(|id| without_version(id).eq_ignore_ascii_case(name.as_bytes())) {
+        if identifier(record)
+            .is_some_and(|id| without_version(id).eq_ignore_ascii_case(name.as_bytes()))
+        {
             return Ok(true);
         }
         Ok(self.rock_ridge_name(record)?.is_some_and(|candidate| candidate == name.as_bytes()))
@@ -167,9 +183,14 @@ impl<R: ReadAt> Volume<R> {
         let mut name = None;
         for _ in 0..CONTINUATIONS_MAX {
             match read_system_use(&area, &mut name) {
-                Some((extent, offset)) if offset < SECTOR_BYTES && extent.bytes as usize <= SECTOR_BYTES - offset => {
+                Some((extent, offset))
+                    if offset < SECTOR_BYTES && extent.bytes as usize <= SECTOR_BYTES - offset =>
+                {
                     let end = offset + extent.bytes as usize;
-                    let sector = self.read_extent(Extent { bytes: SECTOR_BYTES as u32, ..extent }, FILE_BYTES_MAX)?;
+                    let sector = self.read_extent(
+                        Extent { bytes: SECTOR_BYTES as u32, ..extent },
+                        FILE_BYTES_MAX,
+                    )?;
                     area = sector[offset..end].to_vec();
                 }
                 _ => break,
@@ -178,7 +199,11 @@ impl<R: ReadAt> Volume<R> {
         Ok(name)
     }
 
-    fn read_extent(&mut self, extent: Extent, bytes_max: u32) -> Result<Vec<u8>, IsoError<R::Error>> {
+    fn read_extent(
+        &mut self,
+        extent: Extent,
+        bytes_max: u32,
+    ) -> Result<Vec<u8>, IsoError<R::Error>> {
         if extent.bytes > bytes_max {
             return Err(IsoError::TooLong);
         }
@@ -236,7 +261,8 @@ fn without_version(id: &[u8]) -> &[u8] {
 }
 
 fn joliet_name(record: &[u8]) -> Option<String> {
-    let units = identifier(record)?.chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]]));
+    let units =
+        identifier(record)?.chunks_exact(2).map(|pair| u16::from_be_bytes([pair[0], pair[1]]));
     let name: String = char::decode_utf16(units).map(|unit| unit.unwrap_or('\u{FFFD}')).collect();
     Some(name.split(';').next().unwrap_or("").to_string())
 }
@@ -255,7 +281,9 @@ fn read_system_use(mut area: &[u8], name: &mut Option<Vec<u8>>) -> Option<(Exten
                 name.get_or_insert_with(Vec::new).extend_from_slice(&entry[5..]);
             }
             b"CE" => {
-                if let (Some(sector), Some(offset), Some(bytes)) = (u32_at(entry, 4), u32_at(entry, 12), u32_at(entry, 20)) {
+                if let (Some(sector), Some(offset), Some(bytes)) =
+                    (u32_at(entry, 4), u32_at(entry, 12), u32_at(entry, 20))
+                {
                     continuation = Some((Extent { sector, bytes }, offset as usize));
                 }
             }
@@ -331,7 +359,16 @@ mod tests {
             put(&mut image, 17, &supplementary);
         }
         put(&mut image, if joliet { 18 } else { 17 }, &descriptor(255, b"", 0));
-        put(&mut image, 20, &[record(&[0], 20, 2048, &[]), record(&[1], 20, 2048, &[]), record(b"DIR", 21, 2048, &[])].concat());
+        put(
+            &mut image,
+            20,
+            &[
+                record(&[0], 20, 2048, &[]),
+                record(&[1], 20, 2048, &[]),
+                record(b"DIR", 21, 2048, &[]),
+            ]
+            .concat(),
+        );
         let name_entries = [b"NM\x0a\x01\x01meta_".as_slice(), b"NM\x0e\x01\x00data.json"].concat();
         let mut system_use = Vec::new();
         if rock_ridge && continued {
@@ -382,7 +419,9 @@ mod tests {
         for _ in 0..3000 {
             let mut damaged = image(state & 1 == 0, true, state & 2 == 0);
             for _ in 0..20 {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 let sector = 16 + (state >> 33) as usize % 10;
                 let at = sector * SECTOR_BYTES + (state >> 50) as usize % 200;
                 damaged.0[at] = (state >> 20) as u8;

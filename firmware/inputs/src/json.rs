@@ -131,7 +131,11 @@ impl Cursor<'_> {
 
     fn skip_scalar(&mut self) -> Option<()> {
         let start = self.at;
-        while self.bytes.get(self.at).is_some_and(|b| b.is_ascii_alphanumeric() || b"+-.".contains(b)) {
+        while self
+            .bytes
+            .get(self.at)
+            .is_some_and(|b| b.is_ascii_alphanumeric() || b"+-.".contains(b))
+        {
             self.at += 1;
         }
         (self.at > start).then_some(())
@@ -144,7 +148,11 @@ mod tests {
     use std::string::ToString;
 
     fn check(text: &str, name: &str, expected: Option<&str>) {
-        assert_eq!(string_member(text, name), expected.map(ToString::to_string), "{name} of {text}");
+        assert_eq!(
+            string_member(text, name),
+            expected.map(ToString::to_string),
+            "{name} of {text}"
+        );
     }
 
     #[test]
@@ -160,7 +168,17 @@ mod tests {
 
     #[test]
     fn broken_text_gives_nothing_and_ends() {
-        for text in ["", "{", "[]", "{\"a\"", "{\"a\":", "{\"a\":}", "{\"a\":\"\\q\"}", "{\"a\":\"\\ud800\"}", "{\"x\":]"] {
+        for text in [
+            "",
+            "{",
+            "[]",
+            "{\"a\"",
+            "{\"a\":",
+            "{\"a\":}",
+            "{\"a\":\"\\q\"}",
+            "{\"a\":\"\\ud800\"}",
+            "{\"x\":]",
+        ] {
             check(text, "a", None);
         }
         check(&"{\"a\":[".repeat(10_000), "b", None);

@@ -143,7 +143,8 @@ pub fn is_step_list(user_data: &[u8]) -> bool {
 
 /// Reads the whole list, so that a mistake in the last step shows before the first one runs.
 pub fn parse(text: &str) -> Result<Vec<Step>, StepError> {
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let lines =
+        text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let mut steps = Vec::new();
     for (n, line) in lines.enumerate() {
         let mut words = line.split_ascii_whitespace();
@@ -165,8 +166,14 @@ fn parse_step(name: &str, words: Vec<&str>) -> Result<Step, String> {
         "ping" => {
             let address = words.required("ADDRESS")?;
             Step::Ping {
-                address: parse_ipv4(address).ok_or_else(|| alloc::format!("ADDRESS {address} is not an IPv4 address"))?,
-                count: number("count", words.option("count").unwrap_or("3"), 1, u64::from(PING_COUNT_MAX))? as u16,
+                address: parse_ipv4(address)
+                    .ok_or_else(|| alloc::format!("ADDRESS {address} is not an IPv4 address"))?,
+                count: number(
+                    "count",
+                    words.option("count").unwrap_or("3"),
+                    1,
+                    u64::from(PING_COUNT_MAX),
+                )? as u16,
                 timeout_micros: words.timeout("10")?,
             }
         }
@@ -179,10 +186,14 @@ fn parse_step(name: &str, words: Vec<&str>) -> Result<Step, String> {
             expect: words.option("expect").map(ToString::to_string),
             timeout_micros: words.timeout("10")?,
         },
-        "disk-wait" => Step::DiskWait { serial: words.serial()?, timeout_micros: words.timeout("60")? },
+        "disk-wait" => {
+            Step::DiskWait { serial: words.serial()?, timeout_micros: words.timeout("60")? }
+        }
         "disk-write" => Step::DiskWrite(words.pattern()?),
         "disk-verify" => Step::DiskVerify(words.pattern()?),
-        "disk-gone" => Step::DiskGone { serial: words.serial()?, timeout_micros: words.timeout("60")? },
+        "disk-gone" => {
+            Step::DiskGone { serial: words.serial()?, timeout_micros: words.timeout("60")? }
+        }
         "poweroff" => Step::PowerOff,
         _ => return Err("there is no such step".into()),
     };
@@ -198,7 +209,11 @@ struct Words<'a> {
 
 impl<'a> Words<'a> {
     fn required(&mut self, what: &str) -> Result<&'a str, String> {
-        let word = self.words.get(self.next).copied().ok_or_else(|| alloc::format!("{what} is missing"))?;
+        let word = self
+            .words
+            .get(self.next)
+            .copied()
+            .ok_or_else(|| alloc::format!("{what} is missing"))?;
         self.next += 1;
         Ok(word)
     }
@@ -227,8 +242,16 @@ impl<'a> Words<'a> {
 
     fn pattern(&mut self) -> Result<Pattern, String> {
         let serial = self.serial()?;
-        let text = self.option("pattern").filter(|text| !text.is_empty()).ok_or("pattern=TEXT is missing")?;
-        let bytes = number("bytes", self.option("bytes").ok_or("bytes=N is missing")?, 512, DISK_BYTES_MAX)?;
+        let text = self
+            .option("pattern")
+            .filter(|text| !text.is_empty())
+            .ok_or("pattern=TEXT is missing")?;
+        let bytes = number(
+            "bytes",
+            self.option("bytes").ok_or("bytes=N is missing")?,
+            512,
+            DISK_BYTES_MAX,
+        )?;
         if !bytes.is_multiple_of(512) {
             return Err(alloc::format!("bytes={bytes} is not a multiple of 512"));
         }
@@ -252,7 +275,10 @@ fn number(name: &str, text: &str, least: u64, most: u64) -> Result<u64, String> 
 fn seconds(text: &str) -> Result<u64, String> {
     let parse = || {
         let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
-        if fraction.is_empty() || fraction.len() > 6 || !fraction.bytes().all(|byte| byte.is_ascii_digit()) {
+        if fraction.is_empty()
+            || fraction.len() > 6
+            || !fraction.bytes().all(|byte| byte.is_ascii_digit())
+        {
             return None;
         }
         let whole: u64 = whole.parse().ok().filter(|whole| *whole <= SECONDS_MAX)?;
@@ -279,15 +305,34 @@ mod tests {
     fn every_step_is_read_with_its_defaults() {
         check("print  hello   world ", Step::Print("hello world".into()));
         check("sleep 1.5", Step::Sleep { micros: 1_500_000 });
-        check("ping 10.0.0.5", Step::Ping { address: [10, 0, 0, 5], count: 3, timeout_micros: 10_000_000 });
-        check("ping 10.0.0.5 timeout=2 count=1", Step::Ping { address: [10, 0, 0, 5], count: 1, timeout_micros: 2_000_000 });
-        check("http-serve 80 hello from a=b", Step::HttpServe { port: 80, text: "hello from a=b".into() });
+        check(
+            "ping 10.0.0.5",
+            Step::Ping { address: [10, 0, 0, 5], count: 3, timeout_micros: 10_000_000 },
+        );
+        check(
+            "ping 10.0.0.5 timeout=2 count=1",
+            Step::Ping { address: [10, 0, 0, 5], count: 1, timeout_micros: 2_000_000 },
+        );
+        check(
+            "http-serve 80 hello from a=b",
+            Step::HttpServe { port: 80, text: "hello from a=b".into() },
+        );
         check(
             "http-get http://10.0.0.5/x expect=hello",
-            Step::HttpGet { url: Url::parse("http://10.0.0.5/x").unwrap(), expect: Some("hello".into()), timeout_micros: 10_000_000 },
+            Step::HttpGet {
+                url: Url::parse("http://10.0.0.5/x").unwrap(),
+                expect: Some("hello".into()),
+                timeout_micros: 10_000_000,
+            },
         );
-        check("disk-wait vol-1", Step::DiskWait { serial: "vol-1".into(), timeout_micros: 60_000_000 });
-        check("disk-gone vol-1 timeout=5", Step::DiskGone { serial: "vol-1".into(), timeout_micros: 5_000_000 });
+        check(
+            "disk-wait vol-1",
+            Step::DiskWait { serial: "vol-1".into(), timeout_micros: 60_000_000 },
+        );
+        check(
+            "disk-gone vol-1 timeout=5",
+            Step::DiskGone { serial: "vol-1".into(), timeout_micros: 5_000_000 },
+        );
         let pattern = Pattern { serial: "vol-1".into(), text: "abc".into(), bytes: 1024 };
         check("disk-write vol-1 pattern=abc bytes=1024", Step::DiskWrite(pattern.clone()));
         check("disk-verify vol-1 bytes=1024 pattern=abc", Step::DiskVerify(pattern));
@@ -296,7 +341,9 @@ mod tests {
 
     #[test]
     fn a_whole_volume_id_means_what_the_disk_shows_of_it() {
-        let Step::DiskWait { serial, .. } = parse("disk-wait 01234567-89ab-cdef-0123-456789abcdef").unwrap().remove(0) else {
+        let Step::DiskWait { serial, .. } =
+            parse("disk-wait 01234567-89ab-cdef-0123-456789abcdef").unwrap().remove(0)
+        else {
             panic!("another step");
         };
         assert_eq!(serial, "01234567-89ab-cdef-0");
@@ -312,7 +359,10 @@ mod tests {
         check_error("sleep 1.", "1. is not a number of seconds");
         check_error("disk-write v pattern=a bytes=513", "bytes=513 is not a multiple of 512");
         check_error("disk-write v pattern= bytes=512", "pattern=TEXT is missing");
-        check_error("disk-write v pattern=a bytes=99999999999", "bytes 99999999999 is not a number");
+        check_error(
+            "disk-write v pattern=a bytes=99999999999",
+            "bytes 99999999999 is not a number",
+        );
         check_error("reboot", "there is no such step");
         let error = parse("#trine-steps\n\n# first\nprint a\nsleep x\n").unwrap_err();
         assert_eq!((error.number, error.name.as_str()), (2, "sleep"));

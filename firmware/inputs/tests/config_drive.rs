@@ -79,10 +79,20 @@ fn every_way_of_writing_names_is_read() {
     let user_data = "#trine-steps\nprint hello\n".repeat(2000);
     for (n, features) in variants.into_iter().enumerate() {
         let mut volume = Volume::open(write(features, user_data.as_bytes())).expect("a volume");
-        assert!(volume.label().eq_ignore_ascii_case("config-2"), "variant {n}: label {}", volume.label());
-        let read = volume.read("openstack/latest/user_data").unwrap_or_else(|error| panic!("variant {n}: {error:?}"));
+        assert!(
+            volume.label().eq_ignore_ascii_case("config-2"),
+            "variant {n}: label {}",
+            volume.label()
+        );
+        let read = volume
+            .read("openstack/latest/user_data")
+            .unwrap_or_else(|error| panic!("variant {n}: {error:?}"));
         assert!(read == user_data.as_bytes(), "variant {n}");
         assert!(volume.read("openstack/latest/meta_data.json").is_ok(), "variant {n}");
-        assert_eq!(volume.read("openstack/latest/vendor_data.json"), Err(IsoError::NotFound), "variant {n}");
+        assert_eq!(
+            volume.read("openstack/latest/vendor_data.json"),
+            Err(IsoError::NotFound),
+            "variant {n}"
+        );
     }
 }

@@ -42,7 +42,10 @@ pub fn command_line() -> &'static str {
     }
     // SAFETY: the VMM's promise about `cmdline` and `cmdline_len`.
     let bytes = unsafe {
-        core::slice::from_raw_parts(parameters.cmdline as *const u8, parameters.cmdline_len as usize)
+        core::slice::from_raw_parts(
+            parameters.cmdline as *const u8,
+            parameters.cmdline_len as usize,
+        )
     };
     core::str::from_utf8(bytes).unwrap_or("")
 }
@@ -62,6 +65,9 @@ pub fn devices() -> &'static [DeviceEntry] {
     }
     // SAFETY: the VMM's promise about `devices` and `device_count`.
     unsafe {
-        core::slice::from_raw_parts(parameters.devices as *const DeviceEntry, parameters.device_count as usize)
+        core::slice::from_raw_parts(
+            parameters.devices as *const DeviceEntry,
+            parameters.device_count as usize,
+        )
     }
 }

@@ -28,7 +28,13 @@ impl Ring {
         let capacity = shared.capacity;
         let head = shared.head.load(Ordering::Relaxed);
         let bytes = (address as usize + size_of::<ConsoleRing>()) as *mut u8;
-        capacity.is_power_of_two().then_some(Ring { shared, bytes, capacity, head, published: head })
+        capacity.is_power_of_two().then_some(Ring {
+            shared,
+            bytes,
+            capacity,
+            head,
+            published: head,
+        })
     }
 
     fn push(&mut self, byte: u8) {

@@ -4,8 +4,8 @@
 use crate::cpu::Registers;
 use crate::virtio::Transport;
 use abi::boot::{
-    DeviceEntry, HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_START, PCI_ECAM_START,
-    PCI_MMIO_PER_SLOT, PCI_MMIO_START, PCI_SLOTS,
+    DeviceEntry, HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_START,
+    PCI_ECAM_START, PCI_MMIO_PER_SLOT, PCI_MMIO_START, PCI_SLOTS,
 };
 
 // SAFETY: `abi::boot` places the controller here, and its window is mapped.
@@ -55,7 +55,12 @@ pub fn probe(slot: u16) -> Option<Transport> {
     if id & 0xFFFF != VENDOR_VIRTIO || device == 0 || device > 0x3F {
         return None;
     }
-    let mut entry = DeviceEntry { slot, virtio_type: device as u16, bar: bar_of(config, slot), ..Default::default() };
+    let mut entry = DeviceEntry {
+        slot,
+        virtio_type: device as u16,
+        bar: bar_of(config, slot),
+        ..Default::default()
+    };
     config.write16(REG_COMMAND, COMMAND_MEMORY_AND_BUS_MASTER);
     let mut at = u64::from(config.read8(REG_CAPABILITIES)) & !3;
     for _ in 0..CAPABILITIES_MAX {

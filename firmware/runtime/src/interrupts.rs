@@ -46,7 +46,11 @@ mod gates {
 
     fn gate(handler: usize, stack: u64, kind: u64) -> [u64; 2] {
         let handler = handler as u64;
-        let low = (handler & 0xFFFF) | KERNEL_CODE << 16 | stack << 32 | kind << 40 | (handler >> 16 & 0xFFFF) << 48;
+        let low = (handler & 0xFFFF)
+            | KERNEL_CODE << 16
+            | stack << 32
+            | kind << 40
+            | (handler >> 16 & 0xFFFF) << 48;
         [low, handler >> 32]
     }
 

@@ -27,7 +27,11 @@ unsafe impl Sync for Heap {}
 
 impl Heap {
     const fn empty() -> Self {
-        Heap(UnsafeCell::new(Region { free: [null_mut(); (LARGEST_BITS + 1) as usize], next: 0, end: 0 }))
+        Heap(UnsafeCell::new(Region {
+            free: [null_mut(); (LARGEST_BITS + 1) as usize],
+            next: 0,
+            end: 0,
+        }))
     }
 }
 
@@ -139,7 +143,11 @@ mod tests {
             // SAFETY: a block of at least the layout's size.
             let at = unsafe { heap.alloc(layout) } as usize;
             assert!(at != 0 && at.is_multiple_of(layout.align()));
-            assert!(taken.iter().all(|(other, l)| at + layout.size() <= *other || *other + l.size() <= at));
+            assert!(
+                taken
+                    .iter()
+                    .all(|(other, l)| at + layout.size() <= *other || *other + l.size() <= at)
+            );
             taken.push((at, layout));
         }
         let (at, layout) = taken[100];

@@ -49,7 +49,8 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
     // SAFETY: `at` stays below `count` in both of the caller's ranges.
     unsafe {
         while at + 8 <= count {
-            if a.add(at).cast::<u64>().read_unaligned() != b.add(at).cast::<u64>().read_unaligned() {
+            if a.add(at).cast::<u64>().read_unaligned() != b.add(at).cast::<u64>().read_unaligned()
+            {
                 break;
             }
             at += 8;

@@ -117,7 +117,8 @@ impl BlockDevice {
     }
 
     fn check_range(&self, offset: u64, bytes: usize) -> Result<(), BlockError> {
-        let whole = offset.is_multiple_of(SECTOR_BYTES) && (bytes as u64).is_multiple_of(SECTOR_BYTES);
+        let whole =
+            offset.is_multiple_of(SECTOR_BYTES) && (bytes as u64).is_multiple_of(SECTOR_BYTES);
         let end = offset.checked_add(bytes as u64).ok_or(BlockError::Range)?;
         if !whole || bytes == 0 || bytes > REQUEST_BYTES_MAX || end > self.size_bytes() {
             return Err(BlockError::Range);
@@ -132,7 +133,12 @@ impl BlockDevice {
     }
 
     /// Starts writing whole sectors; `fill` writes the data in place.
-    pub fn start_write(&mut self, offset: u64, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<(), BlockError> {
+    pub fn start_write(
+        &mut self,
+        offset: u64,
+        bytes: usize,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Result<(), BlockError> {
         self.check_range(offset, bytes)?;
         if self.read_only {
             return Err(BlockError::ReadOnly);
@@ -167,8 +173,11 @@ impl BlockDevice {
         *self.frame = Frame { kind, reserved: 0, sector, status: STATUS_PENDING };
         let frame = (&raw mut *self.frame) as u64;
         let header = Segment { address: frame, len: 16, device_writes: false };
-        let data =
-            Segment { address: self.data.as_mut_ptr() as u64, len: bytes as u32, device_writes: kind != TYPE_OUT };
+        let data = Segment {
+            address: self.data.as_mut_ptr() as u64,
+            len: bytes as u32,
+            device_writes: kind != TYPE_OUT,
+        };
         let status = Segment {
             address: frame + core::mem::offset_of!(Frame, status) as u64,
             len: 1,

@@ -34,13 +34,19 @@ impl Ring {
     fn open(transport: &Transport, index: u16, features: u64) -> Result<Ring, VirtioError> {
         let (queue, doorbell) = transport.open_queue(index, QUEUE_SIZE, features)?;
         let size = queue.size();
-        Ok(Ring { queue, doorbell, buffers: Buffers::new(size), buffer_of: alloc::vec![0; usize::from(size)] })
+        Ok(Ring {
+            queue,
+            doorbell,
+            buffers: Buffers::new(size),
+            buffer_of: alloc::vec![0; usize::from(size)],
+        })
     }
 
     fn hand_over(&mut self, buffer: u16, bytes: usize, device_writes: bool) {
         let address = self.buffers.get(buffer).as_mut_ptr() as u64;
         // SAFETY: each buffer is in the device's hands at most once, and nobody touches it then.
-        let added = unsafe { self.queue.add(&[Segment { address, len: bytes as u32, device_writes }]) };
+        let added =
+            unsafe { self.queue.add(&[Segment { address, len: bytes as u32, device_writes }]) };
         if let Ok(head) = added {
             self.buffer_of[usize::from(head)] = buffer;
         }
@@ -205,7 +211,10 @@ impl phy::Device for NetDevice {
         let (head, written) = ring.queue.pop_used()?;
         let buffer = ring.buffer_of[usize::from(head)];
         let frame_end = (written as usize).clamp(HEADER_BYTES, BUFFER_BYTES);
-        Some((ReceiveToken { ring: &self.receive, buffer, frame_end }, TransmitToken(&self.transmit)))
+        Some((
+            ReceiveToken { ring: &self.receive, buffer, frame_end },
+            TransmitToken(&self.transmit),
+        ))
     }
 
     fn transmit(&mut self, _now: Instant) -> Option<TransmitToken<'_>> {

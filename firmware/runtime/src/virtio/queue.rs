@@ -198,7 +198,8 @@ impl Queue {
         let told = core::mem::replace(&mut self.told, self.available);
         if self.event_idx {
             // virtio 1.2, section 2.7.10: has the index passed the one the device waits for?
-            self.available.wrapping_sub(self.available_event()).wrapping_sub(1) < self.available.wrapping_sub(told)
+            self.available.wrapping_sub(self.available_event()).wrapping_sub(1)
+                < self.available.wrapping_sub(told)
         } else {
             self.word(self.device_offset()).load(Ordering::Relaxed) & NO_NOTIFY == 0
         }
@@ -284,7 +285,8 @@ mod tests {
         }
 
         fn device_waits_for(&self, index: u16) {
-            self.word(self.device_offset() + 4 + 8 * usize::from(self.size)).store(index, Ordering::Relaxed);
+            self.word(self.device_offset() + 4 + 8 * usize::from(self.size))
+                .store(index, Ordering::Relaxed);
         }
 
         fn add_chain(&mut self, len: usize) -> Result<u16, Full> {

@@ -1,7 +1,7 @@
 //! The modern PCI transport (virtio 1.2, section 4.1), written for few exits: a register that
 //! is known to hold the wanted value after reset is not written.
 
-use super::queue::{Queue, QUEUE_SIZE_MAX};
+use super::queue::{QUEUE_SIZE_MAX, Queue};
 use crate::cpu::Registers;
 use crate::interrupts::{DEVICE_VECTOR, MESSAGE_ADDRESS};
 use abi::boot::DeviceEntry;
@@ -46,7 +46,9 @@ impl fmt::Display for VirtioError {
         match self {
             VirtioError::Legacy => out.write_str("the device does not offer virtio 1"),
             VirtioError::Features => out.write_str("the device refused its own features"),
-            VirtioError::Queue(index) => write!(out, "queue {index} is missing or has no usable size"),
+            VirtioError::Queue(index) => {
+                write!(out, "queue {index} is missing or has no usable size")
+            }
         }
     }
 }
@@ -150,7 +152,12 @@ impl Transport {
     }
 
     /// Makes queue `index` with at most `size_wanted` entries.
-    pub fn open_queue(&self, index: u16, size_wanted: u16, features: u64) -> Result<(Queue, Doorbell), VirtioError> {
+    pub fn open_queue(
+        &self,
+        index: u16,
+        size_wanted: u16,
+        features: u64,
+    ) -> Result<(Queue, Doorbell), VirtioError> {
         let common = self.common;
         if index != 0 {
             common.write16(QUEUE_SELECT, index);
@@ -165,7 +172,9 @@ impl Transport {
         }
         let queue = Queue::new(size, features & FEATURE_EVENT_IDX != 0);
         common.write16(QUEUE_MSIX_VECTOR, 0);
-        let notify_off = common.read16(QUEUE_NOTIFY_OFF);
+        // Without a multiplier all queues share one doorbell, and the read's exit is saved.
+        let notify_off =
+            if self.notify_multiplier == 0 { 0 } else { common.read16(QUEUE_NOTIFY_OFF) };
         self.write_address(QUEUE_DESC, queue.descriptors_address());
         self.write_address(QUEUE_DRIVER, queue.driver_address());
         self.write_address(QUEUE_DEVICE, queue.device_address());
