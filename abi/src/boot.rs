@@ -117,6 +117,8 @@ pub struct BootParams {
 /// A virtio-pci function that was there at start; hot-plugged ones are found through ECAM.
 ///
 /// BAR 0 is the only BAR, 64-bit memory, assigned and enabled by the VMM. Offsets are in it.
+/// The VMM has also enabled bus mastering and MSI-X: a unikernel touches no configuration space
+/// for it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DeviceEntry {

@@ -56,8 +56,9 @@ impl Ring {
 }
 
 impl Write for Ring {
+    /// Control characters become blanks: a line stays one line, whatever others put into it.
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        text.bytes().for_each(|byte| self.push(byte));
+        text.bytes().for_each(|byte| self.push(if byte < b' ' { b' ' } else { byte }));
         Ok(())
     }
 }
