@@ -127,6 +127,74 @@ fn guests_outlive_their_spawner() {
     wait(&guest);
 }
 
+/// A line of a process's `/proc/PID/status`.
+fn status_line(pid: u32, key: &str) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+    line.unwrap_or_else(|| panic!("no {key} in {status}")).trim().to_string()
+}
+
+fn open_files(pid: u32) -> Vec<String> {
+    std::fs::read_dir(format!("/proc/{pid}/fd"))
+        .unwrap()
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .map(|target| target.display().to_string())
+        .filter(|target| target != "/dev/null")
+        .collect()
+}
+
+#[test]
+fn a_guests_process_is_closed() {
+    let Some(spawner) = spawner() else { return };
+    let launch = Launch::new(&probe::spinning_image());
+    let mut config = launch.config();
+    let root = rustix::process::geteuid().is_root();
+    if root {
+        config.sandbox.uid = Some(64_123);
+    }
+    let guest = launch.spawn(&spawner, &config, &[]).unwrap();
+    assert_eq!(status_line(guest.pid, "NoNewPrivs"), "1");
+    assert_eq!(status_line(guest.pid, "Seccomp"), "2");
+    assert_eq!(u64::from_str_radix(&status_line(guest.pid, "CapEff"), 16).unwrap(), 0);
+    assert_eq!(u64::from_str_radix(&status_line(guest.pid, "CapPrm"), 16).unwrap(), 0);
+    if root {
+        assert_eq!(status_line(guest.pid, "Uid").split_whitespace().collect::<Vec<_>>(), ["64123"; 4]);
+        assert_eq!(status_line(guest.pid, "Gid").split_whitespace().collect::<Vec<_>>(), ["64123"; 4]);
+        let namespace = |pid: &str, kind: &str| std::fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+        for kind in ["mnt", "net", "ipc"] {
+            assert_ne!(namespace(&guest.pid.to_string(), kind), namespace("self", kind), "{kind}");
+        }
+        // What it holds once its start is reported: standard streams, its VM and vCPU, its control
+        // socket and exit record.
+        let start = std::time::Instant::now();
+        let mut open = open_files(guest.pid);
+        while open.len() > 4 && start.elapsed().as_secs() < 20 {
+            std::thread::yield_now();
+            open = open_files(guest.pid);
+        }
+        assert_eq!(open.len(), 4, "{open:?}");
+        assert!(open.iter().any(|target| target.contains("kvm-vm")), "{open:?}");
+        assert!(!open.iter().any(|target| target.contains("/dev/kvm")), "{open:?}");
+    }
+    control::Client::connect(&launch.socket()).unwrap().kill().unwrap();
+    wait(&guest);
+}
+
+#[test]
+fn several_guests_start_at_once() {
+    let Some(spawner) = spawner() else { return };
+    std::thread::scope(|scope| {
+        for code in 0..8u8 {
+            let spawner = &spawner;
+            scope.spawn(move || {
+                let mut launch = Launch::new(&probe::image(true, code));
+                wait(&launch.spawn(spawner, &launch.config(), &[]).unwrap());
+                assert_eq!(launch.record().code, Some(code));
+            });
+        }
+    });
+}
+
 #[test]
 fn disks_and_nets_are_plugged_into_a_running_guest() {
     let Some(spawner) = spawner() else { return };

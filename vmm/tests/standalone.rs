@@ -51,6 +51,17 @@ impl Drop for Scratch {
     }
 }
 
+#[test]
+fn a_socket_in_use_is_not_taken_over() {
+    let scratch = Scratch::new("inuse");
+    let socket = scratch.0.join("control");
+    std::fs::write(&socket, b"").unwrap();
+    let output = scratch.run(&probe::image(false, 0), serde_json::json!({"control": {"path": socket}}));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("exists"), "{}", stderr(&output));
+    assert!(socket.exists());
+}
+
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
@@ -99,7 +110,9 @@ fn a_file_that_is_no_kernel_is_refused() {
         return;
     }
     let scratch = Scratch::new("nokernel");
-    let output = scratch.run(b"#!/bin/sh\n", serde_json::json!({}));
+    let socket = scratch.0.join("control");
+    let output = scratch.run(b"#!/bin/sh\n", serde_json::json!({"control": {"path": socket}}));
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("kernel image"), "{}", stderr(&output));
+    assert!(!socket.exists() && !scratch.0.join("exit").exists());
 }

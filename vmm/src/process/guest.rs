@@ -49,10 +49,12 @@ pub enum Report {
         /// The socket for the answer.
         socket: OwnedFd,
         /// This process.
-        pidfd: OwnedFd,
+        pidfd: Option<OwnedFd>,
     },
     /// To nobody; a crash is said on standard error.
     Standalone,
+    /// It was reported: what the report needed is closed.
+    Made,
 }
 
 /// What the threads of a guest share.
@@ -72,14 +74,15 @@ pub struct Guest {
     ending: Ending,
 }
 
-/// Starts the guest and stays until it ends; returns only where it could not start.
+/// Starts the guest and stays until it ends; returns only where it could not start, with `report`
+/// as it was.
 pub fn run(
     host: Host,
     config: &VmConfig,
     resources: Resources,
     clock: Clock,
     sandbox: Sandbox,
-    report: Report,
+    report: &mut Report,
 ) -> Result<Infallible, StartError> {
     if config.vcpus != 1 {
         return Err(StartError::Vcpus(config.vcpus));
@@ -112,7 +115,7 @@ pub fn run(
     }
     let mut first = machine.vcpus.remove(0);
     guest.clock.run.reach();
-    guest.report(report);
+    guest.report(std::mem::replace(report, Report::Made));
     let end = vcpu::run(&mut first, 0, &guest.gate, guest.as_ref());
     guest.end(Cause::Guest(end))
 }
@@ -167,7 +170,8 @@ impl Guest {
         let reply = SpawnReply::Spawned { pid: std::process::id(), timings: self.clock.timings() };
         // Whoever asked may have gone; the guest runs all the same.
         if let Ok(message) = serde_json::to_vec(&reply) {
-            let _ = abi::control::send(&socket, &message, &[pidfd.as_fd()]);
+            let pidfd: Vec<_> = pidfd.iter().map(AsFd::as_fd).collect();
+            let _ = abi::control::send(&socket, &message, &pidfd);
         }
     }
 }

@@ -37,6 +37,12 @@ pub fn run(path: &Path) -> Result<u8, Vec<String>> {
     if let Some(Resource::Path(path)) = &config.control {
         let _ = std::fs::remove_file(path);
     }
+    // A guest that never ran has no record; an empty file would look like one that lost it.
+    if let Some(Resource::Path(path)) = &config.exit_record
+        && path.metadata().is_ok_and(|file| file.len() == 0)
+    {
+        let _ = std::fs::remove_file(path);
+    }
     outcome
 }
 
@@ -85,5 +91,5 @@ fn become_guest(host: Host, config: &VmConfig, resources: Resources, clock: Cloc
 fn start(host: Host, config: &VmConfig, resources: Resources, clock: Clock) -> Result<Infallible, StartError> {
     let sandbox = Sandbox::prepare()?;
     sandbox.enter_cgroups(&config.sandbox)?;
-    guest::run(host, config, resources, clock, sandbox, Report::Standalone)
+    guest::run(host, config, resources, clock, sandbox, &mut Report::Standalone)
 }

@@ -3,6 +3,7 @@
 //! Its first frame is a [`SpawnerHello`]. Then each frame is a [`SpawnerRequest`]; the answer goes
 //! to the socket that is the frame's last descriptor. At the end of its input it exits.
 
+use crate::config::VmConfig;
 use crate::control::{CONTROL_VERSION, FloorReply, SpawnReply, SpawnRequest, SpawnerHello, SpawnerRequest};
 use crate::devices::console::Sink;
 use crate::machine::Host;
@@ -114,46 +115,23 @@ impl Spawner {
     }
 
     /// The rest of a guest's process.
-    fn become_guest(self, request: SpawnRequest, descriptors: Vec<OwnedFd>, clock: Clock, answer_to: OwnedFd) -> ! {
+    fn become_guest(self, request: SpawnRequest, descriptors: Vec<OwnedFd>, clock: Clock, socket: OwnedFd) -> ! {
         clock.process.reach();
-        let answer = answer_to.try_clone();
-        let error = self.start_guest(request, descriptors, clock, answer_to);
-        if let Ok(answer) = answer {
-            let _ = reply(&answer, &SpawnReply::Failed { message: error }, &[]);
-        }
-        ending::exit(ending::EXIT_CODE_FAILED)
-    }
-
-    /// Returns only with why the guest did not start.
-    fn start_guest(self, request: SpawnRequest, descriptors: Vec<OwnedFd>, clock: Clock, answer_to: OwnedFd) -> String {
-        drop(self.socket);
+        let Spawner { socket: requests, null, host, sandbox } = self;
+        drop(requests);
         // SAFETY: plain calls on integers.
         unsafe {
             libc::setsid();
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         }
-        replace(&self.null, 2);
-        drop(self.null);
-        let config = request.config;
-        let prepared = self
-            .sandbox
-            .enter_cgroups(&config.sandbox)
-            .map_err(|error| error.to_string())
-            .and_then(|()| own_pidfd().map_err(|error| format!("pidfd: {error}")))
-            .and_then(|pidfd| {
-                let mut supply = Supply::descriptors(descriptors);
-                let resources = Resources::open(&config, &mut supply, Sink::Nowhere).map_err(|error| error.to_string())?;
-                Ok((pidfd, resources))
-            });
-        let (pidfd, resources) = match prepared {
-            Ok(prepared) => prepared,
-            Err(error) => return error,
-        };
-        let report = Report::Reply { socket: answer_to, pidfd };
-        match guest::run(self.host, &config, resources, clock, self.sandbox, report) {
-            Ok(never) => match never {},
-            Err(error) => error.to_string(),
+        replace(&null, 2);
+        drop(null);
+        let mut report = Report::Reply { socket, pidfd: None };
+        let message = start_guest(host, sandbox, &request.config, descriptors, clock, &mut report);
+        if let Report::Reply { socket, .. } = report {
+            let _ = reply(&socket, &SpawnReply::Failed { message }, &[]);
         }
+        ending::exit(ending::EXIT_CODE_FAILED)
     }
 
     /// Starts the floor program in the way guests are started: by a fork of this process.
@@ -195,6 +173,33 @@ impl Spawner {
         }
         ending::exit(ending::EXIT_CODE_FAILED)
     }
+}
+
+/// Returns only with why the guest did not start.
+fn start_guest(
+    host: Host,
+    sandbox: Sandbox,
+    config: &VmConfig,
+    descriptors: Vec<OwnedFd>,
+    clock: Clock,
+    report: &mut Report,
+) -> String {
+    let prepared = sandbox
+        .enter_cgroups(&config.sandbox)
+        .map_err(|error| error.to_string())
+        .and_then(|()| own_pidfd().map_err(|error| format!("pidfd: {error}")))
+        .and_then(|own| {
+            if let Report::Reply { pidfd, .. } = report {
+                *pidfd = Some(own);
+            }
+            Resources::open(config, &mut Supply::descriptors(descriptors), Sink::Nowhere).map_err(|error| error.to_string())
+        });
+    let resources = match prepared {
+        Ok(resources) => resources,
+        Err(error) => return error,
+    };
+    let Err(error) = guest::run(host, config, resources, clock, sandbox, report);
+    error.to_string()
 }
 
 /// A descriptor of this very process.
