@@ -255,6 +255,18 @@ fn a_malformed_chain_is_returned_and_the_queue_goes_on() {
 }
 
 #[test]
+fn an_index_beyond_the_queue_needs_reset_instead_of_spinning() {
+    let Some(rig) = rig() else { return };
+    let _file = raw_disk(&rig, 4096, false);
+    let driver = Driver::start(&rig, 1, 1);
+    rig.ram.write_obj(1000u16, GuestAddress(driver.base + 0x1002)).unwrap();
+    driver.put(0x3000, &[0, 0]);
+    until("the device to ask for a reset", || driver.status() & 0x40 != 0);
+    driver.set_up(1);
+    assert_eq!(driver.status(), 15);
+}
+
+#[test]
 fn a_queue_outside_of_memory_needs_reset_and_reset_brings_the_disk_back() {
     let Some(rig) = rig() else { return };
     let _file = raw_disk(&rig, 4096, false);

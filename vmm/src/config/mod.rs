@@ -116,8 +116,8 @@ pub enum DiskSource {
     /// A raw file or block device; its size is the disk's.
     Raw(Resource),
     /// A connected Unix stream socket whose server is past the NBD handshake and in the
-    /// transmission phase (simple or structured replies are both understood: none negotiated
-    /// means simple), for an export of `size_bytes`.
+    /// transmission phase with simple replies (structured ones not negotiated), for an export of
+    /// `size_bytes`.
     Nbd {
         /// The socket.
         socket: Resource,

@@ -62,6 +62,9 @@ pub enum DeviceError {
     /// The guest's queue is unusable.
     #[error("virtqueue: {0}")]
     Queue(#[from] virtio_queue::Error),
+    /// The guest's index says there is more, and there is nothing to take.
+    #[error("virtqueue {0}: its available index is beyond its size")]
+    Index(usize),
     /// The switch broke the packet ring.
     #[error("packet ring: {0}")]
     Ring(#[from] abi::packet_ring::RingError),

@@ -166,7 +166,15 @@ impl Resources {
         let exit_record = config
             .exit_record
             .as_ref()
-            .map(|resource| supply.file(resource, Access::Create, "exit_record"))
+            .map(|resource| {
+                let file = supply.file(resource, Access::Create, "exit_record")?;
+                // What an earlier guest left must not show behind a shorter record.
+                file.set_len(0).map_err(|error| ResourceError::Unusable {
+                    what: "exit_record".into(),
+                    reason: error.to_string(),
+                })?;
+                Ok::<_, ResourceError>(file)
+            })
             .transpose()?;
         let control =
             config.control.as_ref().map(|resource| supply.listener(resource, "control")).transpose()?;

@@ -128,19 +128,26 @@ impl Disk {
 
     /// Serves every request that waits.
     fn serve(&mut self, work: &mut Work) -> Result<(), DeviceError> {
+        let ram = work.ram.clone();
+        let mut promised = false;
         loop {
             work.busy(0)?;
-            let ram = work.ram.clone();
+            let mut taken = 0;
             while let Some(chain) = work.queues[0].pop_descriptor_chain(&ram) {
                 let head = chain.head_index();
                 let written = self.answer(Buffers::collect(chain, &ram).and_then(Request::parse), work);
                 work.queues[0].add_used(&ram, head, written)?;
                 work.interrupt(0)?;
+                taken += 1;
                 if work.stopping() {
                     return Ok(());
                 }
             }
-            if !work.idle(0)? {
+            if promised && taken == 0 {
+                return Err(DeviceError::Index(0));
+            }
+            promised = work.idle(0)?;
+            if !promised {
                 return Ok(());
             }
         }

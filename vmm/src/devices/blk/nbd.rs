@@ -4,7 +4,7 @@
 use super::execute::{advance, io_vectors, mark_dirty};
 use crate::devices::chain::{Segment, total};
 use crate::devices::{Work, borrow};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -18,6 +18,9 @@ const COMMAND_WRITE: u16 = 1;
 const COMMAND_FLUSH: u16 = 3;
 /// Most data of one request; servers refuse more.
 const DATA_BYTES_MAX: usize = 32 << 20;
+
+/// How long a request in flight may go on when the device shall stop, seconds.
+const STOP_GRACE_S: i64 = 2;
 
 /// A connection to an NBD server.
 #[derive(Debug)]
@@ -142,12 +145,20 @@ impl NbdClient {
         Ok(())
     }
 
-    /// Waits for the socket, unless the device shall stop.
+    /// Waits for the socket. A device that shall stop gives the request in flight some time, so that
+    /// a driver's reset does not break the connection.
     fn wait(&self, direction: PollFlags, work: &Work) -> io::Result<()> {
         let stop = borrow(&work.stop);
         let mut set = [PollFd::new(&stop, PollFlags::IN), PollFd::new(&self.socket, direction)];
         poll(&mut set, None)?;
-        if set[0].revents().is_empty() { Ok(()) } else { Err(io::ErrorKind::TimedOut.into()) }
+        if !set[1].revents().is_empty() {
+            return Ok(());
+        }
+        let grace = Timespec { tv_sec: STOP_GRACE_S, tv_nsec: 0 };
+        match poll(&mut [PollFd::new(&self.socket, direction)], Some(&grace))? {
+            0 => Err(io::ErrorKind::TimedOut.into()),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -133,28 +133,51 @@ impl Nic {
         Ok(moved > 0)
     }
 
-    /// Whether nothing came meanwhile and the thread may sleep.
-    fn may_sleep(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
-        let more_to_send = work.idle(TRANSMIT)?;
-        let more = if self.waiting.is_some() { work.idle(RECEIVE)? } else { !self.link.prepare_sleep() };
-        Ok(!more_to_send && !more)
+    /// Asks to be woken; says what came meanwhile.
+    fn prepare_sleep(&mut self, work: &mut Work) -> Result<Came, DeviceError> {
+        let transmit = work.idle(TRANSMIT)?;
+        let (receive, frame) = match self.waiting {
+            Some(_) => (work.idle(RECEIVE)?, false),
+            None => (false, !self.link.prepare_sleep()),
+        };
+        Ok(Came { transmit, receive, frame })
     }
+}
+
+/// What came while the thread was about to sleep.
+#[derive(Clone, Copy, Default)]
+struct Came {
+    /// The guest's index says there is something to send.
+    transmit: bool,
+    /// The guest's index says there is a buffer for the frame that waits.
+    receive: bool,
+    /// The switch has a frame.
+    frame: bool,
 }
 
 impl Backend for Nic {
     fn run(&mut self, mut work: Work) -> Result<(), DeviceError> {
+        let mut came = Came::default();
         loop {
             work.busy(TRANSMIT)?;
             work.busy(RECEIVE)?;
             let sent = self.transmit(&mut work)?;
             let received = self.receive(&mut work)?;
+            if came.transmit && !sent {
+                return Err(DeviceError::Index(TRANSMIT));
+            }
+            if came.receive && !received {
+                return Err(DeviceError::Index(RECEIVE));
+            }
+            came = Came::default();
             if sent || received {
                 if work.stopping() {
                     return Ok(());
                 }
                 continue;
             }
-            if self.may_sleep(&mut work)? {
+            came = self.prepare_sleep(&mut work)?;
+            if !(came.transmit || came.receive || came.frame) {
                 let more = if self.waiting.is_some() { None } else { Some(self.link.event()) };
                 if !work.wait(more)? {
                     return Ok(());

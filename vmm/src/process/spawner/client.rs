@@ -79,7 +79,7 @@ impl Client {
             .stdout(Stdio::null())
             .spawn()
             .map_err(failed)?;
-        let hello = receive::<SpawnerHello>(&ours);
+        let hello = ours.set_read_timeout(Some(START_TIMEOUT)).and_then(|()| receive::<SpawnerHello>(&ours));
         match hello {
             Ok((SpawnerHello::Ready { sandbox }, _)) => Ok(Client { socket: Mutex::new(ours), child, sandbox }),
             other => {
