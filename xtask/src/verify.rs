@@ -71,13 +71,19 @@ fn clippy() -> Result<()> {
     shell::run(shell::cargo().args(all))
 }
 
-/// The guest's own workspace: its lints, and the tests of its pure parts.
+/// The guest's own workspace: its lints, the tests of its pure parts, and the guest in our VMM.
 fn guest() -> Result<()> {
+    shell::run(shell::cargo().args(["build", "--locked", "-p", "vmm", "--bin", "trine-vmm"]))?;
+    let vmm = shell::target_directory().join("debug/trine-vmm");
     let directory = shell::root().join("firmware");
     let target = shell::target_directory().join("guest-tests");
     let guest = |arguments: &[&str]| {
         shell::run(
-            shell::cargo().args(arguments).current_dir(&directory).env("CARGO_TARGET_DIR", &target),
+            shell::cargo()
+                .args(arguments)
+                .current_dir(&directory)
+                .env("CARGO_TARGET_DIR", &target)
+                .env("TRINE_VMM", &vmm),
         )
     };
     guest(&["clippy", "--locked", "--workspace", "--", "--deny", "warnings"])?;
