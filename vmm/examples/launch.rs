@@ -14,7 +14,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let spawner = vmm::spawner::Client::start(Path::new(executable))?;
     println!("sandbox: {}", spawner.sandbox());
     let floor = File::open(floor)?;
-    let mut kernel = File::from(rustix::fs::memfd_create("probe", rustix::fs::MemfdFlags::CLOEXEC)?);
+    let mut kernel =
+        File::from(rustix::fs::memfd_create("probe", rustix::fs::MemfdFlags::CLOEXEC)?);
     kernel.write_all(&vmm::probe::image(false, 0))?;
     let mut series: [Vec<Sample>; 3] = Default::default();
     for _ in 0..count {
@@ -29,11 +30,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             values.get(values.len() / 2).copied().unwrap_or(0) / 1000
         };
         println!(
-            "{name:16} launch {:5} us (fork {}, built {}), exit {} us",
+            "{name:16} launch {:5} us (fork {}, built {}), exit {} us, cpu {} us",
             p50(|sample| sample.launch_ns),
             p50(|sample| sample.fork_ns),
             p50(|sample| sample.built_ns),
-            p50(|sample| sample.exit_ns)
+            p50(|sample| sample.exit_ns),
+            p50(|sample| sample.cpu_ns)
         );
     }
     Ok(())

@@ -28,6 +28,8 @@ pub struct Sample {
     pub launch_ns: u64,
     /// From before the clone to the end of the process, ns.
     pub exit_ns: u64,
+    /// CPU time of the guest's process, ns.
+    pub cpu_ns: u64,
     /// Of `launch_ns`: until the process ran its first statement.
     pub fork_ns: u64,
     /// Of `launch_ns`: until the vCPU was about to run.
@@ -63,6 +65,7 @@ pub fn floor(spawner: &Client, executable: &File, memory_mib: u32) -> Result<Sam
     Ok(Sample {
         launch_ns: times.first_exit_ns.saturating_sub(times.spawn_ns),
         exit_ns: times.exit_ns.saturating_sub(times.spawn_ns),
+        cpu_ns: times.cpu_ns,
         fork_ns: 0,
         built_ns: 0,
     })
@@ -77,7 +80,8 @@ pub fn launch(
     memory_mib: u32,
     devices: Devices,
 ) -> Result<Sample, BenchError> {
-    let record = File::from(memfd_create("exit-record", MemfdFlags::CLOEXEC).map_err(io::Error::from)?);
+    let record =
+        File::from(memfd_create("exit-record", MemfdFlags::CLOEXEC).map_err(io::Error::from)?);
     let mut config = VmConfig {
         version: 1,
         id: "bench".into(),
@@ -122,8 +126,8 @@ pub fn launch(
 fn sample(record: &File, ended_ns: u64) -> Result<Sample, BenchError> {
     let mut json = vec![0; RECORD_BYTES_MAX];
     let len = record.read_at(&mut json, 0)?;
-    let record: ExitRecord =
-        serde_json::from_slice(&json[..len]).map_err(|error| BenchError::NoMark(format!("exit record: {error}")))?;
+    let record: ExitRecord = serde_json::from_slice(&json[..len])
+        .map_err(|error| BenchError::NoMark(format!("exit record: {error}")))?;
     let times = record.timings;
     if times.main_ns == 0 {
         return Err(BenchError::NoMark(format!("{}: {}", record.reason, record.message)));
@@ -132,6 +136,7 @@ fn sample(record: &File, ended_ns: u64) -> Result<Sample, BenchError> {
     Ok(Sample {
         launch_ns: since_spawn(times.main_ns),
         exit_ns: since_spawn(ended_ns),
+        cpu_ns: record.cpu_ns,
         fork_ns: since_spawn(times.process_ns),
         built_ns: since_spawn(times.run_ns),
     })

@@ -2,8 +2,8 @@
 //! sockets and packet rings behind. No vCPU runs; the test is the guest.
 
 use abi::boot::{
-    HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_START, PCI_ECAM_START, PCI_MMIO_PER_SLOT,
-    PCI_MMIO_START,
+    HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_START, PCI_ECAM_START,
+    PCI_MMIO_PER_SLOT, PCI_MMIO_START,
 };
 use abi::packet_ring::{Direction, FRAME_BYTES_MAX, Region};
 use std::fs::File;
@@ -60,8 +60,12 @@ struct Driver<'a> {
 
 impl<'a> Driver<'a> {
     fn start(rig: &'a Rig, slot: u64, queues: u64) -> Driver<'a> {
-        let driver =
-            Driver { rig, bar: PCI_MMIO_START + slot * PCI_MMIO_PER_SLOT, base: 0x20_0000 + slot * 0x1_0000, used: [0; 2] };
+        let driver = Driver {
+            rig,
+            bar: PCI_MMIO_START + slot * PCI_MMIO_PER_SLOT,
+            base: 0x20_0000 + slot * 0x1_0000,
+            used: [0; 2],
+        };
         driver.set_up(queues);
         driver
     }
@@ -104,24 +108,35 @@ impl<'a> Driver<'a> {
             let more = index + 1 < pieces.len();
             ram.write_obj(address, GuestAddress(descriptor)).unwrap();
             ram.write_obj(len, GuestAddress(descriptor + 8)).unwrap();
-            ram.write_obj(u16::from(more) | u16::from(writable) << 1, GuestAddress(descriptor + 12)).unwrap();
+            ram.write_obj(
+                u16::from(more) | u16::from(writable) << 1,
+                GuestAddress(descriptor + 12),
+            )
+            .unwrap();
             ram.write_obj(index as u16 + 1, GuestAddress(descriptor + 14)).unwrap();
         }
         let index: u16 = ram.read_obj(GuestAddress(at + 0x1002)).unwrap();
         ram.write_obj(0u16, GuestAddress(at + 0x1004 + u64::from(index % 16) * 2)).unwrap();
-        ram.store(index.wrapping_add(1), GuestAddress(at + 0x1002), std::sync::atomic::Ordering::Release).unwrap();
+        ram.store(
+            index.wrapping_add(1),
+            GuestAddress(at + 0x1002),
+            std::sync::atomic::Ordering::Release,
+        )
+        .unwrap();
         self.put(0x3000, &(queue as u16).to_le_bytes());
     }
 
     fn is_used(&self, queue: u64) -> bool {
         let at = GuestAddress(self.base + queue * 0x4000 + 0x2002);
-        self.rig.ram.load::<u16>(at, std::sync::atomic::Ordering::Acquire).unwrap() != self.used[queue as usize]
+        self.rig.ram.load::<u16>(at, std::sync::atomic::Ordering::Acquire).unwrap()
+            != self.used[queue as usize]
     }
 
     /// Waits for the device and returns the length it wrote.
     fn finish(&mut self, queue: u64) -> u32 {
         until("a used buffer", || self.is_used(queue));
-        let at = self.base + queue * 0x4000 + 0x2004 + u64::from(self.used[queue as usize] % 16) * 8;
+        let at =
+            self.base + queue * 0x4000 + 0x2004 + u64::from(self.used[queue as usize] % 16) * 8;
         self.used[queue as usize] = self.used[queue as usize].wrapping_add(1);
         self.rig.ram.read_obj(GuestAddress(at + 4)).unwrap()
     }
@@ -166,7 +181,12 @@ const FAILED: u8 = 1;
 const UNSUPPORTED: u8 = 2;
 
 fn disk_config(id: &str, source: DiskSource) -> DiskConfig {
-    DiskConfig { id: id.into(), source, read_only: false, serial: "0123456789-serial-number".into() }
+    DiskConfig {
+        id: id.into(),
+        source,
+        read_only: false,
+        serial: "0123456789-serial-number".into(),
+    }
 }
 
 fn raw_disk(rig: &Rig, size_bytes: u64, read_only: bool) -> File {
@@ -232,7 +252,8 @@ fn discarded_sectors_read_as_zeroes() {
     let file = raw_disk(&rig, 1 << 20, false);
     file.write_all_at(&[9; 65536], 0).unwrap();
     let mut driver = Driver::start(&rig, 1, 1);
-    let range: Vec<u8> = 8u64.to_le_bytes().into_iter().chain(16u32.to_le_bytes()).chain([0; 4]).collect();
+    let range: Vec<u8> =
+        8u64.to_le_bytes().into_iter().chain(16u32.to_le_bytes()).chain([0; 4]).collect();
     driver.set_data(&range);
     assert_eq!(driver.block(DISCARD, 0, 16, false).0, OK);
     let mut after = vec![0; 65536];
@@ -246,7 +267,11 @@ fn a_malformed_chain_is_returned_and_the_queue_goes_on() {
     let Some(rig) = rig() else { return };
     let _file = raw_disk(&rig, 4096, false);
     let mut driver = Driver::start(&rig, 1, 1);
-    for bad in [vec![(0x70_0000, 8, false)], vec![(0x70_0000, 16, false)], vec![(1 << 40, 16, false), (0x70_0010, 1, true)]] {
+    for bad in [
+        vec![(0x70_0000, 8, false)],
+        vec![(0x70_0000, 16, false)],
+        vec![(1 << 40, 16, false), (0x70_0010, 1, true)],
+    ] {
         driver.offer(0, &bad);
         assert_eq!(driver.finish(0), 0);
     }
@@ -270,7 +295,12 @@ fn an_index_beyond_the_queue_needs_reset_instead_of_spinning() {
 fn a_queue_outside_of_memory_needs_reset_and_reset_brings_the_disk_back() {
     let Some(rig) = rig() else { return };
     let _file = raw_disk(&rig, 4096, false);
-    let mut driver = Driver { rig: &rig, bar: PCI_MMIO_START + PCI_MMIO_PER_SLOT, base: 0x20_0000, used: [0; 2] };
+    let mut driver = Driver {
+        rig: &rig,
+        bar: PCI_MMIO_START + PCI_MMIO_PER_SLOT,
+        base: 0x20_0000,
+        used: [0; 2],
+    };
     driver.put(0x14, &[3]);
     driver.put(0x08, &1u32.to_le_bytes());
     driver.put(0x0C, &1u32.to_le_bytes());
@@ -322,7 +352,10 @@ fn an_nbd_disk_works_and_its_servers_errors_are_io_errors() {
     let Some(rig) = rig() else { return };
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = std::thread::spawn(move || nbd_server(theirs, vec![0; 2 << 20]));
-    let config = disk_config("far", DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 2 << 20 });
+    let config = disk_config(
+        "far",
+        DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 2 << 20 },
+    );
     let device = blk::open(&config, &mut Supply::descriptors(vec![OwnedFd::from(ours)])).unwrap();
     rig.bus.add_at_boot(device).unwrap();
     let mut driver = Driver::start(&rig, 1, 1);
@@ -346,7 +379,8 @@ fn a_lost_nbd_server_is_an_io_error() {
     let Some(rig) = rig() else { return };
     let (ours, theirs) = UnixStream::pair().unwrap();
     drop(theirs);
-    let config = disk_config("lost", DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 4096 });
+    let config =
+        disk_config("lost", DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 4096 });
     let device = blk::open(&config, &mut Supply::descriptors(vec![OwnedFd::from(ours)])).unwrap();
     rig.bus.add_at_boot(device).unwrap();
     let mut driver = Driver::start(&rig, 1, 1);
@@ -366,7 +400,9 @@ fn frames_cross_between_queues_and_packet_ring() {
         backend: NetBackend::Ring([0, 1, 2]),
     };
     let descriptors = switch.descriptors().unwrap().into();
-    rig.bus.add_at_boot(net::open(&config, &mut Supply::descriptors(descriptors)).unwrap()).unwrap();
+    rig.bus
+        .add_at_boot(net::open(&config, &mut Supply::descriptors(descriptors)).unwrap())
+        .unwrap();
     let mut from_guest = switch.consumer(Direction::FromGuest).unwrap();
     let mut to_guest = switch.producer(Direction::ToGuest).unwrap();
     let mut driver = Driver::start(&rig, 1, 2);
@@ -451,7 +487,10 @@ fn a_disk_is_plugged_found_used_and_taken_away() {
         assert_eq!(word(&rig, HOTPLUG_START + HOTPLUG_REG_UP), 1 << 1, "round {round}");
         assert_eq!(word(&rig, HOTPLUG_START + HOTPLUG_REG_UP), 0);
         assert_eq!(word(&rig, PCI_ECAM_START + 0x8000), 0x1042_1AF4);
-        assert_eq!(word(&rig, PCI_ECAM_START + 0x8000 + 0x10), (PCI_MMIO_START + PCI_MMIO_PER_SLOT) as u32 | 4);
+        assert_eq!(
+            word(&rig, PCI_ECAM_START + 0x8000 + 0x10),
+            (PCI_MMIO_START + PCI_MMIO_PER_SLOT) as u32 | 4
+        );
         let mut driver = Driver::start(&rig, 1, 1);
         assert_eq!(driver.block(READ, 0, 512, true).0, OK);
         // The guest may only let go of what it is asked for.
@@ -470,12 +509,18 @@ fn a_guest_that_keeps_a_disk_is_a_refusal_and_may_let_go_later() {
     let refused = rig.bus.remove("disk", DeviceKind::Disk, Duration::from_millis(1));
     assert!(matches!(refused, Err(PlugError::GuestRefused(..))));
     let plugged = rig.bus.plugged();
-    assert_eq!((plugged.disks, plugged.disks_leaving), (vec!["disk".to_string()], vec!["disk".to_string()]));
+    assert_eq!(
+        (plugged.disks, plugged.disks_leaving),
+        (vec!["disk".to_string()], vec!["disk".to_string()])
+    );
     let mut driver = Driver::start(&rig, 1, 1);
     assert_eq!(driver.block(READ, 0, 512, true).0, OK);
     rig.bus.write(HOTPLUG_START + HOTPLUG_REG_EJECT, &2u32.to_le_bytes());
     until("the disk to be closed", || rig.bus.plugged().disks_leaving.is_empty());
-    assert!(matches!(rig.bus.remove("disk", DeviceKind::Disk, DEADLINE), Err(PlugError::NotFound(..))));
+    assert!(matches!(
+        rig.bus.remove("disk", DeviceKind::Disk, DEADLINE),
+        Err(PlugError::NotFound(..))
+    ));
 }
 
 /// Random accesses to everything the bus decodes, with a disk and a ring behind.
@@ -488,7 +533,12 @@ fn any_access_is_survived() {
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
-        let base = [PCI_MMIO_START + PCI_MMIO_PER_SLOT, PCI_ECAM_START, PCI_ECAM_START + 0x8000, HOTPLUG_START][random as usize % 4];
+        let base = [
+            PCI_MMIO_START + PCI_MMIO_PER_SLOT,
+            PCI_ECAM_START,
+            PCI_ECAM_START + 0x8000,
+            HOTPLUG_START,
+        ][random as usize % 4];
         let address = base + (random >> 8) % 0x8000;
         let len = [1, 2, 4, 8][(random >> 40) as usize % 4];
         if random & 1 << 50 != 0 {

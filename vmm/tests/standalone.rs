@@ -56,7 +56,8 @@ fn a_socket_in_use_is_not_taken_over() {
     let scratch = Scratch::new("inuse");
     let socket = scratch.0.join("control");
     std::fs::write(&socket, b"").unwrap();
-    let output = scratch.run(&probe::image(false, 0), serde_json::json!({"control": {"path": socket}}));
+    let output =
+        scratch.run(&probe::image(false, 0), serde_json::json!({"control": {"path": socket}}));
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("exists"), "{}", stderr(&output));
     assert!(socket.exists());
@@ -76,9 +77,15 @@ fn a_guests_line_and_exit_code_come_out() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), probe::LINE, "{}", stderr(&output));
     assert_eq!(output.status.code(), Some(7));
     let record = scratch.record();
-    assert_eq!((record.reason.as_str(), record.code, record.nonce.as_str()), ("power_off", Some(7), "n1"));
+    assert_eq!(
+        (record.reason.as_str(), record.code, record.nonce.as_str()),
+        ("power_off", Some(7), "n1")
+    );
     let times = record.timings;
-    assert!(times.run_ns > 0 && times.main_ns >= times.run_ns && times.console_ns >= times.main_ns, "{times:?}");
+    assert!(
+        times.run_ns > 0 && times.main_ns >= times.run_ns && times.console_ns >= times.main_ns,
+        "{times:?}"
+    );
 }
 
 #[test]
@@ -96,7 +103,8 @@ fn a_triple_fault_is_a_crash_that_says_where() {
 #[test]
 fn what_is_wrong_is_said_and_nothing_is_left() {
     let scratch = Scratch::new("wrong");
-    let output = scratch.run(&probe::image(false, 0), serde_json::json!({"memory_mib": 1, "vcpus": 0}));
+    let output =
+        scratch.run(&probe::image(false, 0), serde_json::json!({"memory_mib": 1, "vcpus": 0}));
     assert_eq!(output.status.code(), Some(2));
     let lines = stderr(&output);
     assert_eq!(lines.lines().count(), 2, "{lines}");

@@ -29,9 +29,8 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["run", "--config", file] => {
-            vmm::process::standalone::run(Path::new(file)).map_or_else(|problems| fail(&problems), ExitCode::from)
-        }
+        ["run", "--config", file] => vmm::process::standalone::run(Path::new(file))
+            .map_or_else(|problems| fail(&problems), ExitCode::from),
         ["spawner"] => match vmm::spawner::server::run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&[format!("spawner: {error}")]),

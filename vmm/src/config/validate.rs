@@ -26,8 +26,10 @@ impl VmConfig {
         if size > CONFIG_BYTES_MAX {
             return Err(vec![format!("{name}: {size} bytes; at most {CONFIG_BYTES_MAX} are read")]);
         }
-        let text = std::fs::read_to_string(path).map_err(|error| vec![format!("{name}: {error}")])?;
-        let config: VmConfig = serde_json::from_str(&text).map_err(|error| vec![format!("{name}: {error}")])?;
+        let text =
+            std::fs::read_to_string(path).map_err(|error| vec![format!("{name}: {error}")])?;
+        let config: VmConfig =
+            serde_json::from_str(&text).map_err(|error| vec![format!("{name}: {error}")])?;
         let mut problems = config.problems();
         problems.extend(config.missing_files());
         if let Some(host_mib) = host_memory_mib()
@@ -53,10 +55,16 @@ impl VmConfig {
                 problems.push(problem);
             }
         };
-        rule(self.version == 1, format!("version: {} is not known; this VMM reads 1", self.version));
+        rule(
+            self.version == 1,
+            format!("version: {} is not known; this VMM reads 1", self.version),
+        );
         rule(!self.id.is_empty(), "id: it must not be empty".into());
         for (key, value) in [("id", &self.id), ("nonce", &self.nonce)] {
-            rule(value.len() <= NAME_BYTES_MAX, format!("{key}: {} bytes; at most {NAME_BYTES_MAX}", value.len()));
+            rule(
+                value.len() <= NAME_BYTES_MAX,
+                format!("{key}: {} bytes; at most {NAME_BYTES_MAX}", value.len()),
+            );
         }
         rule(self.vcpus >= 1, "vcpus: 0; a guest needs at least 1".into());
         rule(self.vcpus <= VCPUS_MAX, format!("vcpus: {}; at most {VCPUS_MAX}", self.vcpus));
@@ -65,15 +73,24 @@ impl VmConfig {
             format!("memory_mib: {}; from {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX}", self.memory_mib),
         );
         let cmdline = self.boot.cmdline.len();
-        rule(cmdline <= CMDLINE_BYTES_MAX, format!("boot.cmdline: {cmdline} bytes; at most {CMDLINE_BYTES_MAX}"));
+        rule(
+            cmdline <= CMDLINE_BYTES_MAX,
+            format!("boot.cmdline: {cmdline} bytes; at most {CMDLINE_BYTES_MAX}"),
+        );
         if let Some(console) = &self.console {
             rule(
                 (4096..=CONSOLE_BYTES_MAX).contains(&console.capacity_bytes),
-                format!("console.capacity_bytes: {}; from 4096 to {CONSOLE_BYTES_MAX}", console.capacity_bytes),
+                format!(
+                    "console.capacity_bytes: {}; from 4096 to {CONSOLE_BYTES_MAX}",
+                    console.capacity_bytes
+                ),
             );
         }
         let devices = self.disks.len() + self.nets.len();
-        rule(devices <= DEVICES_MAX, format!("disks and nets: {devices}; at most {DEVICES_MAX} together"));
+        rule(
+            devices <= DEVICES_MAX,
+            format!("disks and nets: {devices}; at most {DEVICES_MAX} together"),
+        );
         problems.extend(self.device_problems());
         problems
     }
@@ -81,7 +98,8 @@ impl VmConfig {
     fn device_problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut ids = BTreeSet::new();
-        let names = self.disks.iter().map(|disk| &disk.id).chain(self.nets.iter().map(|net| &net.id));
+        let names =
+            self.disks.iter().map(|disk| &disk.id).chain(self.nets.iter().map(|net| &net.id));
         for id in names {
             if !ids.insert(id) {
                 problems.push(format!("device id {id:?} is used twice"));
@@ -97,13 +115,16 @@ impl VmConfig {
             super::DiskSource::Raw(file) => Some((format!("disks[{index}].source.raw"), file)),
             super::DiskSource::Nbd { .. } => None,
         });
-        let mut problems: Vec<String> = std::iter::once(("boot.kernel".to_string(), &self.boot.kernel))
-            .chain(disks)
-            .filter_map(|(key, resource)| match resource {
-                Resource::Path(path) if !path.exists() => Some(format!("{key}: {} does not exist", path.display())),
-                _ => None,
-            })
-            .collect();
+        let mut problems: Vec<String> =
+            std::iter::once(("boot.kernel".to_string(), &self.boot.kernel))
+                .chain(disks)
+                .filter_map(|(key, resource)| match resource {
+                    Resource::Path(path) if !path.exists() => {
+                        Some(format!("{key}: {} does not exist", path.display()))
+                    }
+                    _ => None,
+                })
+                .collect();
         if let Some(Resource::Path(path)) = &self.control
             && path.symlink_metadata().is_ok()
         {
@@ -125,8 +146,9 @@ impl DiskConfig {
     /// The rule this device breaks, if any.
     pub fn problem(&self) -> Option<String> {
         let len = self.serial.len();
-        let serial = (len > NAME_BYTES_MAX)
-            .then(|| format!("disk {:?}: serial of {len} bytes; at most {NAME_BYTES_MAX}", self.id));
+        let serial = (len > NAME_BYTES_MAX).then(|| {
+            format!("disk {:?}: serial of {len} bytes; at most {NAME_BYTES_MAX}", self.id)
+        });
         id_problem(&self.id).or(serial)
     }
 }
@@ -149,7 +171,10 @@ impl NetConfig {
             return Some(problem);
         }
         if self.mac_bytes().is_none() {
-            return Some(format!("net {:?}: mac {:?} is not a unicast address like fa:16:3e:00:00:01", self.id, self.mac));
+            return Some(format!(
+                "net {:?}: mac {:?} is not a unicast address like fa:16:3e:00:00:01",
+                self.id, self.mac
+            ));
         }
         if !(68..=1946).contains(&self.mtu) {
             return Some(format!("net {:?}: mtu {}; from 68 to 1946", self.id, self.mtu));
@@ -190,9 +215,18 @@ mod tests {
             (r#"{"memory_mib": 70000000}"#, "memory_mib"),
             (r#"{"colour": "red"}"#, "colour"),
             (r#"{"id": ""}"#, "id"),
-            (r#"{"console": {"file": {"path": "c"}, "capacity_bytes": 0}}"#, "console.capacity_bytes"),
-            (r#"{"nets": [{"id": "n", "mac": "01:00:00:00:00:00", "backend": {"ring": [0, 1, 2]}}]}"#, "mac"),
-            (r#"{"nets": [{"id": "n", "mac": "fa:16:3e:00:00:01", "mtu": 9000, "backend": {"ring": [0, 1, 2]}}]}"#, "mtu"),
+            (
+                r#"{"console": {"file": {"path": "c"}, "capacity_bytes": 0}}"#,
+                "console.capacity_bytes",
+            ),
+            (
+                r#"{"nets": [{"id": "n", "mac": "01:00:00:00:00:00", "backend": {"ring": [0, 1, 2]}}]}"#,
+                "mac",
+            ),
+            (
+                r#"{"nets": [{"id": "n", "mac": "fa:16:3e:00:00:01", "mtu": 9000, "backend": {"ring": [0, 1, 2]}}]}"#,
+                "mtu",
+            ),
             (
                 r#"{"disks": [{"id": "d", "source": {"raw": {"path": "x"}}}, {"id": "d", "source": {"raw": {"path": "y"}}}]}"#,
                 "used twice",

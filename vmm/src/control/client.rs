@@ -53,9 +53,10 @@ impl Client {
         let envelope = Envelope { version: CONTROL_VERSION, request };
         let message = serde_json::to_vec(&envelope).map_err(io::Error::other)?;
         abi::control::send(&self.socket, &message, descriptors)?;
-        let (reply, descriptors) =
-            abi::control::receive(&self.socket)?.ok_or(io::Error::from(io::ErrorKind::UnexpectedEof))?;
-        let reply = serde_json::from_slice(&reply).map_err(|error| ControlError::Protocol(error.to_string()))?;
+        let (reply, descriptors) = abi::control::receive(&self.socket)?
+            .ok_or(io::Error::from(io::ErrorKind::UnexpectedEof))?;
+        let reply = serde_json::from_slice(&reply)
+            .map_err(|error| ControlError::Protocol(error.to_string()))?;
         match reply {
             Reply::Error { kind, message } => Err(ControlError::Refused { kind, message }),
             reply => Ok((reply, descriptors)),
@@ -78,7 +79,11 @@ impl Client {
     }
 
     /// Hot-plugs a disk.
-    pub fn add_disk(&self, disk: DiskConfig, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+    pub fn add_disk(
+        &self,
+        disk: DiskConfig,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ControlError> {
         self.done(Request::AddDisk(disk), descriptors)
     }
 
@@ -88,7 +93,11 @@ impl Client {
     }
 
     /// Hot-plugs a network device.
-    pub fn add_net(&self, net: NetConfig, descriptors: &[BorrowedFd<'_>]) -> Result<(), ControlError> {
+    pub fn add_net(
+        &self,
+        net: NetConfig,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ControlError> {
         self.done(Request::AddNet(net), descriptors)
     }
 
@@ -100,8 +109,9 @@ impl Client {
     /// The packet ring of a network device: memory, from-guest eventfd, to-guest eventfd.
     pub fn net_ring(&self, id: &str) -> Result<[OwnedFd; 3], ControlError> {
         let (_, descriptors) = self.request(Request::NetRing { id: id.into() }, &[])?;
-        <[OwnedFd; 3]>::try_from(descriptors)
-            .map_err(|all| ControlError::Protocol(format!("{} descriptors came with a packet ring", all.len())))
+        <[OwnedFd; 3]>::try_from(descriptors).map_err(|all| {
+            ControlError::Protocol(format!("{} descriptors came with a packet ring", all.len()))
+        })
     }
 
     /// Stops the vCPUs.

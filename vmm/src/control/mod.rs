@@ -135,6 +135,9 @@ pub struct ExitRecord {
     pub code: Option<u8>,
     /// One line for people: what happened.
     pub message: String,
+    /// CPU time of the guest's process, nanoseconds.
+    #[serde(default)]
+    pub cpu_ns: u64,
     /// Launch times.
     pub timings: Timings,
 }

@@ -113,7 +113,9 @@ impl From<ResourceError> for Refusal {
 
 fn answer(guest: &Guest, request: Request, descriptors: Vec<OwnedFd>) -> Answer {
     let result = match request {
-        Request::Status => return Answer { reply: Reply::Status(status(guest)), descriptors: Vec::new() },
+        Request::Status => {
+            return Answer { reply: Reply::Status(status(guest)), descriptors: Vec::new() };
+        }
         Request::AddDisk(disk) => add_disk(guest, &disk, descriptors),
         Request::AddNet(network) => add_net(guest, &network, descriptors),
         Request::RemoveDisk { id } => remove(guest, &id, DeviceKind::Disk),

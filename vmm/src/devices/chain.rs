@@ -33,7 +33,8 @@ impl Buffers {
         for descriptor in chain {
             pieces += 1;
             let segment = Segment { address: descriptor.addr().0, len: descriptor.len() as usize };
-            if pieces > SEGMENTS_MAX || !ram.check_range(GuestAddress(segment.address), segment.len) {
+            if pieces > SEGMENTS_MAX || !ram.check_range(GuestAddress(segment.address), segment.len)
+            {
                 return None;
             }
             if segment.len == 0 {
@@ -95,7 +96,10 @@ pub fn copy_out(ram: &Ram, segments: &[Segment], target: &mut [u8]) -> usize {
     let mut filled = 0;
     for segment in segments {
         let take = segment.len.min(target.len() - filled);
-        if ram.read_slice(&mut target[filled..filled + take], GuestAddress(segment.address)).is_err() {
+        if ram
+            .read_slice(&mut target[filled..filled + take], GuestAddress(segment.address))
+            .is_err()
+        {
             break;
         }
         filled += take;
@@ -108,7 +112,8 @@ pub fn copy_in(ram: &Ram, segments: &[Segment], source: &[u8]) -> usize {
     let mut written = 0;
     for segment in segments {
         let take = segment.len.min(source.len() - written);
-        if ram.write_slice(&source[written..written + take], GuestAddress(segment.address)).is_err() {
+        if ram.write_slice(&source[written..written + take], GuestAddress(segment.address)).is_err()
+        {
             break;
         }
         written += take;

@@ -39,7 +39,8 @@ impl RingFile {
     /// Takes a file: one that already is a console file goes on where it stood.
     pub fn open(file: File, capacity_bytes: u64) -> io::Result<RingFile> {
         let mut header = [0u8; CONSOLE_HEADER_BYTES as usize];
-        let known = file.read_exact_at(&mut header, 0).is_ok() && header[..8] == CONSOLE_MAGIC.to_le_bytes();
+        let known = file.read_exact_at(&mut header, 0).is_ok()
+            && header[..8] == CONSOLE_MAGIC.to_le_bytes();
         let mut written = 0;
         if known {
             let mut count = [0u8; 8];

@@ -117,7 +117,8 @@ impl Work {
     /// Sleeps until the guest rings, `stop` is written, or `more` has something; `false`: stop.
     pub fn wait(&self, more: Option<BorrowedFd<'_>>) -> Result<bool, DeviceError> {
         let (stop, doorbell) = (borrow(&self.stop), borrow(&self.doorbell));
-        let mut set = vec![PollFd::new(&stop, PollFlags::IN), PollFd::new(&doorbell, PollFlags::IN)];
+        let mut set =
+            vec![PollFd::new(&stop, PollFlags::IN), PollFd::new(&doorbell, PollFlags::IN)];
         set.extend(more.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
         match poll(&mut set, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -62,7 +62,9 @@ pub fn load(ram: &Ram, kernel: &File) -> Result<Image, MachineError> {
         .map_err(|error| MachineError::Kernel(format!("ELF loader: {error}")))?;
     let entry = loaded.kernel_load.0;
     if entry < IMAGE_START || entry >= end {
-        return Err(MachineError::Kernel(format!("entry {entry:#x} lies outside of the image, which ends at {end:#x}")));
+        return Err(MachineError::Kernel(format!(
+            "entry {entry:#x} lies outside of the image, which ends at {end:#x}"
+        )));
     }
     Ok(Image { entry, end: end.next_multiple_of(4096) })
 }
@@ -90,12 +92,13 @@ fn check_segments(file: &mut Positioned<'_>, ram: &Ram) -> Result<u64, MachineEr
         if u32::from_le_bytes([segment[0], segment[1], segment[2], segment[3]]) != PT_LOAD {
             continue;
         }
-        let (address, in_file, in_memory) = (u64_at(&segment, 24), u64_at(&segment, 32), u64_at(&segment, 40));
+        let (address, in_file, in_memory) =
+            (u64_at(&segment, 24), u64_at(&segment, 32), u64_at(&segment, 40));
         if in_memory == 0 {
             continue;
         }
-        let fits = usize::try_from(in_memory)
-            .is_ok_and(|len| ram.check_range(GuestAddress(address), len));
+        let fits =
+            usize::try_from(in_memory).is_ok_and(|len| ram.check_range(GuestAddress(address), len));
         if address < IMAGE_START || in_file > in_memory || !fits || address >= PCI_HOLE_START {
             return Err(MachineError::Kernel(format!(
                 "segment of {in_memory} bytes ({in_file} in the file) at {address:#x} does not fit the guest's memory"
@@ -204,7 +207,9 @@ pub fn write_parameters(ram: &Ram, parameters: &Parameters<'_>) -> Result<(), Ma
         device_count: parameters.devices.len() as u32,
         seed,
     };
-    debug_assert!(parameters.devices.len() <= PCI_SLOTS && parameters.cmdline.len() <= CMDLINE_BYTES_MAX);
+    debug_assert!(
+        parameters.devices.len() <= PCI_SLOTS && parameters.cmdline.len() <= CMDLINE_BYTES_MAX
+    );
     let mut table = Vec::with_capacity(std::mem::size_of_val(parameters.devices));
     for device in parameters.devices {
         table.extend_from_slice(bytes_of(device));
@@ -223,7 +228,8 @@ fn bytes_of<T: Copy>(value: &T) -> &[u8] {
 }
 
 fn write(ram: &Ram, address: u64, bytes: &[u8]) -> Result<(), MachineError> {
-    ram.write_slice(bytes, GuestAddress(address)).map_err(|error| MachineError::Boot(error.to_string()))
+    ram.write_slice(bytes, GuestAddress(address))
+        .map_err(|error| MachineError::Boot(error.to_string()))
 }
 
 /// Identity-maps RAM and the PCI hole with 2 MiB pages that CPL3 may use.
@@ -231,16 +237,22 @@ pub fn write_page_tables(ram: &Ram, memory_mib: u32) -> Result<(), MachineError>
     let (low, high) = memory::split(memory_mib);
     let mut pointers = Vec::new();
     let mut next = PAGE_DIRECTORIES;
-    for (start, end) in [(0, low), (PCI_HOLE_START, HIGH_RAM_START), (HIGH_RAM_START, HIGH_RAM_START + high)] {
+    for (start, end) in
+        [(0, low), (PCI_HOLE_START, HIGH_RAM_START), (HIGH_RAM_START, HIGH_RAM_START + high)]
+    {
         let mut gib = start / GIB;
         while gib * GIB < end {
             let pages = (end - gib * GIB).min(GIB).div_ceil(2 << 20);
             let directory: Vec<u8> = (0..pages)
-                .flat_map(|page| ((gib * GIB + (page << 21)) | PAGE_PRESENT_WRITE_USER | PAGE_LARGE).to_le_bytes())
+                .flat_map(|page| {
+                    ((gib * GIB + (page << 21)) | PAGE_PRESENT_WRITE_USER | PAGE_LARGE)
+                        .to_le_bytes()
+                })
                 .collect();
             write(ram, next, &directory)?;
             pointers.resize((gib + 1) as usize * 8, 0);
-            pointers[gib as usize * 8..].copy_from_slice(&(next | PAGE_PRESENT_WRITE_USER).to_le_bytes());
+            pointers[gib as usize * 8..]
+                .copy_from_slice(&(next | PAGE_PRESENT_WRITE_USER).to_le_bytes());
             next += 4096;
             gib += 1;
         }
@@ -291,7 +303,8 @@ mod tests {
             segment[40..48].copy_from_slice(&in_memory.to_le_bytes());
             bytes.extend_from_slice(&segment);
         }
-        let mut file = File::from(rustix::fs::memfd_create("elf", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let mut file =
+            File::from(rustix::fs::memfd_create("elf", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
         file.write_all(&bytes).unwrap();
         file
     }
@@ -299,7 +312,8 @@ mod tests {
     #[test]
     fn free_memory_starts_after_segments_without_file_content() {
         let ram = memory::map(16).unwrap();
-        let image = load(&ram, &elf(&[(IMAGE_START, 64, 100), (IMAGE_START + 0x2000, 0, 0x5001)])).unwrap();
+        let image =
+            load(&ram, &elf(&[(IMAGE_START, 64, 100), (IMAGE_START + 0x2000, 0, 0x5001)])).unwrap();
         assert_eq!(image.entry, IMAGE_START);
         assert_eq!(image.end, IMAGE_START + 0x8000);
     }

@@ -74,8 +74,9 @@ impl Host {
         if version != 12 {
             return Err(MachineError::ApiVersion(version));
         }
-        let mut cpuid =
-            kvm_device.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("GET_SUPPORTED_CPUID"))?;
+        let mut cpuid = kvm_device
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm("GET_SUPPORTED_CPUID"))?;
         let deadline_timer = kvm_device.check_extension(Cap::TscDeadlineTimer);
         for entry in cpuid.as_mut_slice() {
             if entry.function == 1 {

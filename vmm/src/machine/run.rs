@@ -41,7 +41,10 @@ impl Gate {
     pub fn new(vcpus: usize) -> Gate {
         install_kick_handler();
         let vcpus = (0..vcpus).map(|_| None).collect();
-        Gate { state: Mutex::new(GateState { paused: false, parked: 0, vcpus }), changed: Condvar::new() }
+        Gate {
+            state: Mutex::new(GateState { paused: false, parked: 0, vcpus }),
+            changed: Condvar::new(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, GateState> {
@@ -85,7 +88,9 @@ impl Gate {
             }
         }
         let all = state.vcpus.len();
-        let waited = self.changed.wait_timeout_while(state, PAUSE_TIMEOUT, |state| state.paused && state.parked < all);
+        let waited = self
+            .changed
+            .wait_timeout_while(state, PAUSE_TIMEOUT, |state| state.paused && state.parked < all);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         state.parked == all
     }

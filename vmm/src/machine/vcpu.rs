@@ -5,8 +5,9 @@ use super::run::Gate;
 use super::{MachineError, kvm};
 use abi::boot::{CPU_INVARIANT_TSC, CPU_RDRAND, CPU_SSE42, CPU_TSC_DEADLINE};
 use kvm_bindings::{
-    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL,
-    KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs,
+    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_fpu, kvm_regs, kvm_segment,
+    kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use std::os::fd::AsRawFd;
@@ -100,7 +101,9 @@ pub fn features(cpuid: &CpuId) -> u64 {
                     }
                 }
             }
-            0x8000_0007 if entry.edx & CPUID_80000007_EDX_INVARIANT_TSC != 0 => features |= CPU_INVARIANT_TSC,
+            0x8000_0007 if entry.edx & CPUID_80000007_EDX_INVARIANT_TSC != 0 => {
+                features |= CPU_INVARIANT_TSC
+            }
             _ => {}
         }
     }
@@ -132,7 +135,8 @@ pub fn set_long_mode(vcpu: &VcpuFd) -> Result<(), MachineError> {
     sregs.cs = flat(0xB, 0x8, true);
     let data = flat(0x3, 0x10, false);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = kvm_segment { limit: 0x67, type_: 0xB, present: 1, selector: 0x18, ..Default::default() };
+    sregs.tr =
+        kvm_segment { limit: 0x67, type_: 0xB, present: 1, selector: 0x18, ..Default::default() };
     sregs.gdt.limit = 0;
     sregs.idt.limit = 0;
     sregs.cr0 = CR0_PE_MP_NE_WP_PG | CR0_ET;
@@ -201,7 +205,9 @@ fn handle(exit: VcpuExit<'_>, exits: &dyn Exits) -> Outcome {
         VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_) => {}
         VcpuExit::Shutdown => return Outcome::TripleFault,
         VcpuExit::InternalError => return Outcome::InternalError,
-        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => return Outcome::End(End::PowerOff(0)),
+        VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => {
+            return Outcome::End(End::PowerOff(0));
+        }
         VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => return Outcome::End(End::Reset),
         VcpuExit::FailEntry(reason, cpu) => {
             return Outcome::End(End::Crash(format!(
@@ -220,8 +226,18 @@ fn state(vcpu: &VcpuFd) -> String {
     };
     format!(
         "rip {:#x} rsp {:#x} cs {:#x} rflags {:#x} cr2 {:#x} cr3 {:#x} rax {:#x} rcx {:#x} rdx {:#x} rdi {:#x} idt {:#x}+{:#x}",
-        regs.rip, regs.rsp, sregs.cs.selector, regs.rflags, sregs.cr2, sregs.cr3, regs.rax, regs.rcx, regs.rdx,
-        regs.rdi, sregs.idt.base, sregs.idt.limit
+        regs.rip,
+        regs.rsp,
+        sregs.cs.selector,
+        regs.rflags,
+        sregs.cr2,
+        sregs.cr3,
+        regs.rax,
+        regs.rcx,
+        regs.rdx,
+        regs.rdi,
+        sregs.idt.base,
+        sregs.idt.limit
     )
 }
 
@@ -230,11 +246,15 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
     let (suberror, data) = if run.exit_reason == KVM_EXIT_INTERNAL_ERROR {
         // SAFETY: for this exit reason the kernel fills the `internal` member; all are integers.
         let internal = unsafe { run.__bindgen_anon_1.internal };
-        (internal.suberror, internal.data.iter().take(internal.ndata.min(4) as usize).copied().collect())
+        (
+            internal.suberror,
+            internal.data.iter().take(internal.ndata.min(4) as usize).copied().collect(),
+        )
     } else {
         (0, Vec::<u64>::new())
     };
-    let what = if suberror == 1 { "KVM can't emulate an instruction" } else { "KVM internal error" };
+    let what =
+        if suberror == 1 { "KVM can't emulate an instruction" } else { "KVM internal error" };
     format!("{what} (suberror {suberror}, data {data:x?}), {}", state(vcpu))
 }
 
@@ -245,8 +265,16 @@ mod tests {
 
     #[test]
     fn features_come_from_the_guests_cpuid() {
-        let leaf_1 = kvm_cpuid_entry2 { function: 1, ecx: CPUID_1_ECX_RDRAND | CPUID_1_ECX_SSE42, ..Default::default() };
-        let power = kvm_cpuid_entry2 { function: 0x8000_0007, edx: CPUID_80000007_EDX_INVARIANT_TSC, ..Default::default() };
+        let leaf_1 = kvm_cpuid_entry2 {
+            function: 1,
+            ecx: CPUID_1_ECX_RDRAND | CPUID_1_ECX_SSE42,
+            ..Default::default()
+        };
+        let power = kvm_cpuid_entry2 {
+            function: 0x8000_0007,
+            edx: CPUID_80000007_EDX_INVARIANT_TSC,
+            ..Default::default()
+        };
         let cpuid = CpuId::from_entries(&[leaf_1, power]).unwrap();
         assert_eq!(features(&cpuid), CPU_RDRAND | CPU_SSE42 | CPU_INVARIANT_TSC);
     }

@@ -68,7 +68,8 @@ pub struct Window {
 impl ConfigSpace {
     /// The host bridge in slot 0.
     pub fn host_bridge() -> ConfigSpace {
-        let mut space = ConfigSpace { bytes: [0; BYTES], writable: [0; BYTES], msix_control: 0, pci_window: 0 };
+        let mut space =
+            ConfigSpace { bytes: [0; BYTES], writable: [0; BYTES], msix_control: 0, pci_window: 0 };
         space.put(0, &VENDOR_BRIDGE.to_le_bytes());
         space.put(2, &DEVICE_BRIDGE.to_le_bytes());
         space.put(0x0A, &[0x00, 0x06]);
@@ -77,7 +78,8 @@ impl ConfigSpace {
 
     /// A virtio function with BAR 0 at `bar`, decoding enabled.
     pub fn virtio(virtio_type: u16, bar: u64, msix_vectors: u16) -> ConfigSpace {
-        let mut space = ConfigSpace { bytes: [0; BYTES], writable: [0; BYTES], msix_control: 0, pci_window: 0 };
+        let mut space =
+            ConfigSpace { bytes: [0; BYTES], writable: [0; BYTES], msix_control: 0, pci_window: 0 };
         let class: [u8; 2] = match virtio_type {
             1 => [0x00, 0x02],
             2 => [0x00, 0x01],
@@ -86,7 +88,10 @@ impl ConfigSpace {
         space.put(0, &VENDOR_VIRTIO.to_le_bytes());
         space.put(2, &(DEVICE_VIRTIO_MODERN + virtio_type).to_le_bytes());
         space.put(COMMAND, &(COMMAND_MEMORY | COMMAND_BUS_MASTER).to_le_bytes());
-        space.allow(COMMAND, &(COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_OFF).to_le_bytes());
+        space.allow(
+            COMMAND,
+            &(COMMAND_MEMORY | COMMAND_BUS_MASTER | COMMAND_INTX_OFF).to_le_bytes(),
+        );
         space.put(STATUS, &STATUS_CAPABILITIES.to_le_bytes());
         space.put(8, &[1]);
         space.put(0x0A, &class);
@@ -165,7 +170,8 @@ impl ConfigSpace {
 
     /// Address of BAR 0, where memory decoding is on.
     pub fn bar(&self) -> Option<u64> {
-        let bar = (u64::from(self.word(BAR0)) | u64::from(self.word(BAR0 + 4)) << 32) & !(BAR_BYTES - 1);
+        let bar =
+            (u64::from(self.word(BAR0)) | u64::from(self.word(BAR0 + 4)) << 32) & !(BAR_BYTES - 1);
         (self.half(COMMAND) & COMMAND_MEMORY != 0).then_some(bar)
     }
 

@@ -79,7 +79,13 @@ impl Retired {
 
 impl Function {
     /// Puts `device` at `bar`. `at_boot`: ready for a guest that relies on the device table.
-    pub fn new(device: Device, bar: u64, at_boot: bool, ram: Ram, interrupts: Interrupts) -> std::io::Result<Function> {
+    pub fn new(
+        device: Device,
+        bar: u64,
+        at_boot: bool,
+        ram: Ram,
+        interrupts: Interrupts,
+    ) -> std::io::Result<Function> {
         let vectors = device.queue_sizes.len() as u16 + 1;
         let mut config = ConfigSpace::virtio(device.virtio_type, bar, vectors);
         let msix = Msix::new(interrupts.clone(), vectors);
@@ -153,7 +159,9 @@ impl Function {
     pub fn bar_read(&mut self, offset: u64, data: &mut [u8]) {
         let at = (offset % WINDOW_BYTES) as usize;
         match offset - offset % WINDOW_BYTES {
-            config_space::COMMON => self.registers.read(at, data, self.failed.load(Ordering::Acquire)),
+            config_space::COMMON => {
+                self.registers.read(at, data, self.failed.load(Ordering::Acquire))
+            }
             config_space::ISR => {
                 data.fill(0);
                 if let (0, Some(byte)) = (at, data.first_mut()) {
@@ -206,7 +214,10 @@ impl Function {
     }
 
     fn start(&mut self) {
-        let started = self.queues().zip(self.place_doorbell()).and_then(|(queues, ())| self.start_thread(queues));
+        let started = self
+            .queues()
+            .zip(self.place_doorbell())
+            .and_then(|(queues, ())| self.start_thread(queues));
         if started.is_none() {
             self.failed.store(true, Ordering::Release);
             self.msix.signal(self.registers.config_vector());
@@ -261,14 +272,21 @@ impl Function {
             queues,
             doorbell: self.doorbell.try_clone().ok()?,
             stop: stop.try_clone().ok()?,
-            interrupt: QueueInterrupt { msix: Arc::clone(&self.msix), isr: Arc::clone(&self.isr), vectors },
+            interrupt: QueueInterrupt {
+                msix: Arc::clone(&self.msix),
+                isr: Arc::clone(&self.isr),
+                vectors,
+            },
             features: self.registers.accepted(),
         };
-        let Activation::Idle(mut backend) = std::mem::replace(&mut self.activation, Activation::Broken) else {
+        let Activation::Idle(mut backend) =
+            std::mem::replace(&mut self.activation, Activation::Broken)
+        else {
             return None;
         };
         let retired = Arc::new(AtomicBool::new(false));
-        let (failed, msix, is_retired) = (Arc::clone(&self.failed), Arc::clone(&self.msix), Arc::clone(&retired));
+        let (failed, msix, is_retired) =
+            (Arc::clone(&self.failed), Arc::clone(&self.msix), Arc::clone(&retired));
         let config_vector = self.registers.config_vector();
         let body = move || {
             if backend.run(work).is_err() {

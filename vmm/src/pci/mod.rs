@@ -14,8 +14,8 @@ use crate::devices::{Device, DeviceKind};
 use crate::machine::Interrupts;
 use crate::machine::memory::Ram;
 use abi::boot::{
-    DeviceEntry, HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_SIZE, HOTPLUG_START, HOTPLUG_VECTOR,
-    PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO_PER_SLOT, PCI_MMIO_START, PCI_SLOTS,
+    DeviceEntry, HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_SIZE, HOTPLUG_START,
+    HOTPLUG_VECTOR, PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO_PER_SLOT, PCI_MMIO_START, PCI_SLOTS,
 };
 use config_space::ConfigSpace;
 use function::{Function, Retired};
@@ -113,10 +113,12 @@ impl Bus {
         if known || state.retired.iter().any(|(old, _, _)| *old == id) {
             return Err(PlugError::Exists(id));
         }
-        let slot = (1..PCI_SLOTS).find(|slot| state.slots[*slot].is_none()).ok_or(PlugError::Full)?;
+        let slot =
+            (1..PCI_SLOTS).find(|slot| state.slots[*slot].is_none()).ok_or(PlugError::Full)?;
         let bar = PCI_MMIO_START + slot as u64 * PCI_MMIO_PER_SLOT;
-        let function = Function::new(device, bar, at_boot, self.ram.clone(), self.interrupts.clone())
-            .map_err(|error| PlugError::Host(id, error.to_string()))?;
+        let function =
+            Function::new(device, bar, at_boot, self.ram.clone(), self.interrupts.clone())
+                .map_err(|error| PlugError::Host(id, error.to_string()))?;
         state.slots[slot] = Some(function);
         Ok(slot)
     }
@@ -131,13 +133,17 @@ impl Bus {
     /// [`PlugError::GuestRefused`] after `timeout`; the guest stays asked, and may let go later.
     pub fn remove(&self, id: &str, kind: DeviceKind, timeout: Duration) -> Result<(), PlugError> {
         let mut state = self.lock();
-        let slot = (1..PCI_SLOTS)
-            .find(|slot| state.slots[*slot].as_ref().is_some_and(|function| function.id == id && function.kind == kind));
+        let slot = (1..PCI_SLOTS).find(|slot| {
+            state.slots[*slot]
+                .as_ref()
+                .is_some_and(|function| function.id == id && function.kind == kind)
+        });
         if let Some(slot) = slot {
             state.down |= 1 << slot;
             self.announce();
-            let still_there =
-                |state: &mut State| state.slots[slot].as_ref().is_some_and(|function| function.id == id);
+            let still_there = |state: &mut State| {
+                state.slots[slot].as_ref().is_some_and(|function| function.id == id)
+            };
             let waited = self.ejected.wait_timeout_while(state, timeout, still_there);
             let (after, result) = waited.unwrap_or_else(PoisonError::into_inner);
             if result.timed_out() {
@@ -145,7 +151,8 @@ impl Bus {
             }
             state = after;
         }
-        let retired = state.retired.iter().position(|(old, old_kind, _)| old == id && *old_kind == kind);
+        let retired =
+            state.retired.iter().position(|(old, old_kind, _)| old == id && *old_kind == kind);
         match (retired, slot) {
             (Some(index), _) => {
                 let (_, _, retired) = state.retired.swap_remove(index);
@@ -205,7 +212,8 @@ impl Bus {
                 _ => 0,
             };
             let bytes = value.to_le_bytes();
-            for (byte, value) in data.iter_mut().zip(bytes.into_iter().chain(std::iter::repeat(0))) {
+            for (byte, value) in data.iter_mut().zip(bytes.into_iter().chain(std::iter::repeat(0)))
+            {
                 *byte = value;
             }
         } else if let Some((function, offset)) = state.decode(address) {
@@ -255,10 +263,9 @@ impl State {
     }
 
     fn decode(&mut self, address: u64) -> Option<(&mut Function, u64)> {
-        let slot = self
-            .slots
-            .iter()
-            .position(|function| function.as_ref().is_some_and(|function| function.decodes(address).is_some()))?;
+        let slot = self.slots.iter().position(|function| {
+            function.as_ref().is_some_and(|function| function.decodes(address).is_some())
+        })?;
         let function = self.slots[slot].as_mut()?;
         let offset = function.decodes(address)?;
         Some((function, offset))

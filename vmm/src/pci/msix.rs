@@ -25,7 +25,10 @@ impl Msix {
     /// A table of `vectors` (at most 64) masked entries.
     pub fn new(interrupts: Interrupts, vectors: u16) -> Msix {
         let table = vec![[0, 0, 0, ENTRY_MASKED]; usize::from(vectors.min(64))];
-        Msix { interrupts, state: Mutex::new(State { enabled: false, masked: false, table, pending: 0 }) }
+        Msix {
+            interrupts,
+            state: Mutex::new(State { enabled: false, masked: false, table, pending: 0 }),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -65,7 +68,8 @@ impl Msix {
         let state = self.lock();
         for (index, byte) in data.iter_mut().enumerate() {
             let at = offset + index;
-            let word = state.table.get(at / ENTRY_BYTES).map_or(0, |entry| entry[at % ENTRY_BYTES / 4]);
+            let word =
+                state.table.get(at / ENTRY_BYTES).map_or(0, |entry| entry[at % ENTRY_BYTES / 4]);
             *byte = word.to_le_bytes()[at % 4];
         }
     }
@@ -80,7 +84,8 @@ impl Msix {
             let at = offset + index * 4;
             let vector = at / ENTRY_BYTES;
             if let Some(entry) = state.table.get_mut(vector) {
-                entry[at % ENTRY_BYTES / 4] = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+                entry[at % ENTRY_BYTES / 4] =
+                    u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
                 self.deliver_pending(&mut state, vector);
             }
         }

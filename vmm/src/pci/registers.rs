@@ -176,7 +176,8 @@ impl Registers {
         }
         let started = self.status & STATUS_DRIVER_OK != 0;
         let mut value = value & !STATUS_NEEDS_RESET;
-        let fine = self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0;
+        let fine =
+            self.accepted & !self.offered == 0 && self.accepted & 1 << VIRTIO_F_VERSION_1 != 0;
         if !fine {
             value &= !(STATUS_FEATURES_OK | STATUS_DRIVER_OK);
         }
@@ -266,7 +267,10 @@ mod tests {
         registers.write(0x1C, &1u16.to_le_bytes(), 3);
         registers.write(0x20, &0u64.to_le_bytes(), 3);
         let queue = registers.queues()[1];
-        assert_eq!((queue.size, queue.descriptors, queue.vector, queue.enabled), (16, 0x1_0000_1000, NO_VECTOR, true));
+        assert_eq!(
+            (queue.size, queue.descriptors, queue.vector, queue.enabled),
+            (16, 0x1_0000_1000, NO_VECTOR, true)
+        );
     }
 
     #[test]

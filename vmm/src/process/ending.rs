@@ -5,6 +5,7 @@
 
 use crate::control::{ExitRecord, Timings};
 use crate::machine::vcpu::End;
+use crate::process::timings::cpu_ns;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
@@ -52,13 +53,15 @@ impl Ending {
 
 fn record(cause: Cause, nonce: String, timings: Timings) -> ExitRecord {
     let (reason, code, message) = match cause {
-        Cause::Guest(End::PowerOff(code)) => ("power_off", Some(code), format!("the guest ended with code {code}")),
+        Cause::Guest(End::PowerOff(code)) => {
+            ("power_off", Some(code), format!("the guest ended with code {code}"))
+        }
         Cause::Guest(End::Reset) => ("reset", None, "the guest asked for a reset".into()),
         Cause::Guest(End::Crash(message)) => ("crash", None, message),
         Cause::Guest(End::Error(message)) => ("error", None, message),
         Cause::Killed => ("killed", None, "ended by request".into()),
     };
-    ExitRecord { nonce, reason: reason.into(), code, message, timings }
+    ExitRecord { nonce, reason: reason.into(), code, message, cpu_ns: cpu_ns(), timings }
 }
 
 /// Ends the process at once, without destructors.

@@ -91,7 +91,11 @@ pub fn run(
     let cpu_features = vcpu::features(host.cpuid());
     drop(host);
     let bus = Bus::new(machine.ram.clone(), Interrupts::new(Arc::clone(&machine.vm)));
-    let table = resources.devices.into_iter().map(|device| bus.add_at_boot(device)).collect::<Result<Vec<_>, _>>()?;
+    let table = resources
+        .devices
+        .into_iter()
+        .map(|device| bus.add_at_boot(device))
+        .collect::<Result<Vec<_>, _>>()?;
     vcpu::set_long_mode(&machine.vcpus[0])?;
     let record = resources.exit_record.as_ref().map(AsRawFd::as_raw_fd);
     sandbox.close(&config.sandbox, record, &config.nonce)?;
@@ -161,7 +165,10 @@ impl Guest {
     fn record_panics(self: &Arc<Guest>) {
         let guest = Arc::clone(self);
         std::panic::set_hook(Box::new(move |panic| {
-            guest.ending.end(Cause::Guest(End::Error(format!("defect in the VMM: {panic}"))), guest.clock.timings())
+            guest.ending.end(
+                Cause::Guest(End::Error(format!("defect in the VMM: {panic}"))),
+                guest.clock.timings(),
+            )
         }));
     }
 

@@ -84,7 +84,12 @@ impl Supply {
     }
 
     /// A file.
-    pub fn file(&mut self, resource: &Resource, access: Access, what: &str) -> Result<File, ResourceError> {
+    pub fn file(
+        &mut self,
+        resource: &Resource,
+        access: Access,
+        what: &str,
+    ) -> Result<File, ResourceError> {
         match resource {
             Resource::Descriptor(index) => Ok(File::from(self.descriptor(*index, what)?)),
             Resource::Path(path) => {
@@ -101,7 +106,11 @@ impl Supply {
     }
 
     /// A listening socket.
-    pub fn listener(&mut self, resource: &Resource, what: &str) -> Result<UnixListener, ResourceError> {
+    pub fn listener(
+        &mut self,
+        resource: &Resource,
+        what: &str,
+    ) -> Result<UnixListener, ResourceError> {
         match resource {
             Resource::Descriptor(index) => Ok(UnixListener::from(self.descriptor(*index, what)?)),
             Resource::Path(path) => {
@@ -151,14 +160,21 @@ pub struct Resources {
 
 impl Resources {
     /// Opens everything that `config` names; `console` is used where it names none.
-    pub fn open(config: &VmConfig, supply: &mut Supply, console: Sink) -> Result<Resources, ResourceError> {
+    pub fn open(
+        config: &VmConfig,
+        supply: &mut Supply,
+        console: Sink,
+    ) -> Result<Resources, ResourceError> {
         let kernel = supply.file(&config.boot.kernel, Access::Read, "boot.kernel")?;
         let console = match &config.console {
             None => console,
             Some(console) => {
                 let file = supply.file(&console.file, Access::Create, "console.file")?;
                 let ring = RingFile::open(file, console.capacity_bytes).map_err(|error| {
-                    ResourceError::Unusable { what: "console.file".into(), reason: error.to_string() }
+                    ResourceError::Unusable {
+                        what: "console.file".into(),
+                        reason: error.to_string(),
+                    }
                 })?;
                 Sink::Ring(ring)
             }
@@ -176,8 +192,11 @@ impl Resources {
                 Ok::<_, ResourceError>(file)
             })
             .transpose()?;
-        let control =
-            config.control.as_ref().map(|resource| supply.listener(resource, "control")).transpose()?;
+        let control = config
+            .control
+            .as_ref()
+            .map(|resource| supply.listener(resource, "control"))
+            .transpose()?;
         let mut devices = Vec::new();
         for disk in &config.disks {
             devices.push(blk::open(disk, supply)?);

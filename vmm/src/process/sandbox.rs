@@ -57,10 +57,11 @@ pub struct Sandbox {
 impl Sandbox {
     /// Prepares and moves this process into empty namespaces where the host allows it.
     pub fn prepare() -> Result<Sandbox, SandboxError> {
-        let filter = seccomp::compile().map_err(|error| SandboxError::Seccomp(error.to_string()))?;
+        let filter =
+            seccomp::compile().map_err(|error| SandboxError::Seccomp(error.to_string()))?;
         let ruleset = landlock_ruleset();
         let root = rustix::process::geteuid().is_root();
-        let host_root = if root { open_root().ok() } else { None };
+        let host_root = open_root().ok();
         let namespaces = enter_namespaces(root).map_err(|(step, error)| format!("{step}: {error}"));
         Ok(Sandbox { filter, ruleset, root, namespaces, host_root })
     }
@@ -81,8 +82,10 @@ impl Sandbox {
     /// Enters the guest's cgroups, while this process still may.
     pub fn enter_cgroups(&self, sandbox: &config::Sandbox) -> Result<(), SandboxError> {
         for directory in &sandbox.cgroups {
-            self.enter_cgroup(directory)
-                .map_err(|source| SandboxError::Cgroup { path: directory.display().to_string(), source })?;
+            self.enter_cgroup(directory).map_err(|source| SandboxError::Cgroup {
+                path: directory.display().to_string(),
+                source,
+            })?;
         }
         Ok(())
     }
@@ -101,7 +104,12 @@ impl Sandbox {
     }
 
     /// Closes the process for good. `record` gets the exit record of a violation.
-    pub fn close(self, sandbox: &config::Sandbox, record: Option<RawFd>, nonce: &str) -> Result<(), SandboxError> {
+    pub fn close(
+        self,
+        sandbox: &config::Sandbox,
+        record: Option<RawFd>,
+        nonce: &str,
+    ) -> Result<(), SandboxError> {
         drop(self.host_root);
         prctl(libc::PR_SET_NO_NEW_PRIVS, 1).map_err(step("no_new_privs"))?;
         if let Some(uid) = sandbox.uid {
@@ -114,10 +122,12 @@ impl Sandbox {
         prctl(libc::PR_SET_DUMPABLE, 0).map_err(step("no dumps"))?;
         if let Some(ruleset) = self.ruleset {
             // SAFETY: a plain system call on a descriptor of ours.
-            let result = unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
+            let result =
+                unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
             check(result).map_err(step("Landlock"))?;
         }
-        seccomp::apply(&self.filter, record, nonce).map_err(|error| SandboxError::Seccomp(error.to_string()))
+        seccomp::apply(&self.filter, record, nonce)
+            .map_err(|error| SandboxError::Seccomp(error.to_string()))
     }
 }
 
@@ -178,7 +188,9 @@ fn landlock_ruleset() -> Option<OwnedFd> {
     const SCOPE_ABSTRACT_UNIX: u64 = 0b1;
     let attributes: [u64; 3] = [(1 << file_rights) - 1, NET_TCP, SCOPE_ABSTRACT_UNIX];
     // SAFETY: `size` bytes of the attributes are valid for this version of the interface.
-    let fd = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, attributes.as_ptr(), size as usize, 0) };
+    let fd = unsafe {
+        libc::syscall(libc::SYS_landlock_create_ruleset, attributes.as_ptr(), size as usize, 0)
+    };
     // SAFETY: a fresh descriptor, ours.
     (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }
@@ -194,7 +206,9 @@ fn enter_namespaces(root: bool) -> Result<(), Refused> {
     // SAFETY: no memory is involved; this process has one thread.
     check(unsafe { libc::unshare(flags) }.into()).map_err(|error| ("unshare", error))?;
     if !root {
-        let write = |path: &str, text: String| std::fs::write(path, text).map_err(|error| ("user namespace", error));
+        let write = |path: &str, text: String| {
+            std::fs::write(path, text).map_err(|error| ("user namespace", error))
+        };
         write("/proc/self/setgroups", "deny".into())?;
         write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
         write("/proc/self/gid_map", format!("{gid} {gid} 1"))?;
@@ -208,7 +222,10 @@ fn empty_root() -> io::Result<()> {
     mount(None, c"/", libc::MS_REC | libc::MS_PRIVATE, None)?;
     let over = [c"/proc", c"/tmp", c"/dev"]
         .into_iter()
-        .find(|over| mount(Some(c"tmpfs"), over, locked, Some(c"size=0,nr_inodes=1")).is_ok() || mount(Some(c"tmpfs"), over, locked, None).is_ok())
+        .find(|over| {
+            mount(Some(c"tmpfs"), over, locked, Some(c"size=0,nr_inodes=1")).is_ok()
+                || mount(Some(c"tmpfs"), over, locked, None).is_ok()
+        })
         .ok_or_else(io::Error::last_os_error)?;
     // SAFETY: the strings are terminated and live through the calls.
     unsafe {
@@ -220,7 +237,12 @@ fn empty_root() -> io::Result<()> {
     mount(None, c"/", libc::MS_REMOUNT | libc::MS_RDONLY | locked, None)
 }
 
-fn mount(kind: Option<&CStr>, target: &CStr, flags: libc::c_ulong, data: Option<&CStr>) -> io::Result<()> {
+fn mount(
+    kind: Option<&CStr>,
+    target: &CStr,
+    flags: libc::c_ulong,
+    data: Option<&CStr>,
+) -> io::Result<()> {
     let pointer = |text: Option<&CStr>| text.map_or(std::ptr::null(), CStr::as_ptr);
     // SAFETY: the strings are terminated and live through the call.
     let result = unsafe {

@@ -5,8 +5,8 @@
 //! A call outside of the list ends the process, and its exit record names the call.
 
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
 };
 use std::os::fd::RawFd;
 use std::sync::OnceLock;
@@ -75,7 +75,8 @@ const IOCTLS: &[u32] = &[
 ];
 
 /// `fcntl` commands that are allowed.
-const FCNTLS: &[libc::c_int] = &[libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_GET_SEALS];
+const FCNTLS: &[libc::c_int] =
+    &[libc::F_DUPFD_CLOEXEC, libc::F_GETFD, libc::F_GETFL, libc::F_GET_SEALS];
 
 /// Compiles the filter: once for all guests.
 pub fn compile() -> Result<BpfProgram, seccompiler::BackendError> {
@@ -83,17 +84,29 @@ pub fn compile() -> Result<BpfProgram, seccompiler::BackendError> {
         values
             .into_iter()
             .map(|value| {
-                let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)?;
+                let condition = SeccompCondition::new(
+                    argument,
+                    SeccompCmpArgLen::Dword,
+                    SeccompCmpOp::Eq,
+                    value,
+                )?;
                 SeccompRule::new(vec![condition])
             })
             .collect::<Result<Vec<_>, _>>()
     };
     let mut rules: std::collections::BTreeMap<i64, Vec<SeccompRule>> =
         CALLS.iter().map(|call| (*call, Vec::new())).collect();
-    rules.insert(libc::SYS_ioctl, one_of(1, IOCTLS.iter().map(|request| u64::from(*request)).collect())?);
-    rules.insert(libc::SYS_fcntl, one_of(1, FCNTLS.iter().map(|command| *command as u64).collect())?);
+    rules.insert(
+        libc::SYS_ioctl,
+        one_of(1, IOCTLS.iter().map(|request| u64::from(*request)).collect())?,
+    );
+    rules.insert(
+        libc::SYS_fcntl,
+        one_of(1, FCNTLS.iter().map(|command| *command as u64).collect())?,
+    );
     rules.insert(libc::SYS_prctl, one_of(0, vec![libc::PR_SET_NAME as u64])?);
-    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
+    SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)?
+        .try_into()
 }
 
 /// What the signal handler writes, prepared while allocation is possible.
@@ -108,24 +121,32 @@ const PLACEHOLDER: &str = "00000";
 
 /// Closes the process: from here on only the listed calls are possible, for this thread and every
 /// thread it starts. `record` gets the exit record of a violation.
-pub fn apply(filter: &BpfProgram, record: Option<RawFd>, nonce: &str) -> Result<(), seccompiler::Error> {
+pub fn apply(
+    filter: &BpfProgram,
+    record: Option<RawFd>,
+    nonce: &str,
+) -> Result<(), seccompiler::Error> {
     let exit = crate::control::ExitRecord {
         nonce: nonce.into(),
         reason: "error".into(),
         code: None,
         message: format!("system call {PLACEHOLDER} is not allowed in the sandbox"),
+        cpu_ns: 0,
         timings: Default::default(),
     };
     let json = serde_json::to_vec(&exit).unwrap_or_default();
     let needle = format!("system call {PLACEHOLDER}");
-    let digits_at = json.windows(needle.len()).position(|window| window == needle.as_bytes()).unwrap_or(0)
-        + needle.len()
-        - PLACEHOLDER.len();
+    let digits_at =
+        json.windows(needle.len()).position(|window| window == needle.as_bytes()).unwrap_or(0)
+            + needle.len()
+            - PLACEHOLDER.len();
     let _ = VERDICT.set(Verdict { record: record.unwrap_or(-1), json, digits_at });
     // SAFETY: a zeroed sigaction is valid; the handler is async-signal-safe.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = violation as extern "C" fn(libc::c_int, *const libc::siginfo_t, *mut libc::c_void) as usize;
+        action.sa_sigaction = violation
+            as extern "C" fn(libc::c_int, *const libc::siginfo_t, *mut libc::c_void)
+            as usize;
         action.sa_flags = libc::SA_SIGINFO;
         libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut());
     }

@@ -30,7 +30,9 @@ pub fn run(path: &Path) -> Result<u8, Vec<String>> {
     let host = Host::open().map_err(|error| one(error.to_string()))?;
     let resources = Resources::open(&config, &mut Supply::Paths, Sink::Stdout);
     let outcome = match resources {
-        Ok(resources) => wait_for_child(host, &config, resources, clock).map_err(|error| one(error.to_string())),
+        Ok(resources) => {
+            wait_for_child(host, &config, resources, clock).map_err(|error| one(error.to_string()))
+        }
         Err(error) => Err(one(error.to_string())),
     };
     // The path did not exist before (the configuration was checked), so it is ours.
@@ -46,7 +48,12 @@ pub fn run(path: &Path) -> Result<u8, Vec<String>> {
     outcome
 }
 
-fn wait_for_child(host: Host, config: &VmConfig, resources: Resources, clock: Clock) -> std::io::Result<u8> {
+fn wait_for_child(
+    host: Host,
+    config: &VmConfig,
+    resources: Resources,
+    clock: Clock,
+) -> std::io::Result<u8> {
     // SAFETY: this process has one thread, so the child may go on as if it were the parent.
     match unsafe { libc::fork() } {
         ..0 => Err(std::io::Error::last_os_error()),
@@ -88,7 +95,12 @@ fn become_guest(host: Host, config: &VmConfig, resources: Resources, clock: Cloc
     ending::exit(EXIT_CODE_REFUSED)
 }
 
-fn start(host: Host, config: &VmConfig, resources: Resources, clock: Clock) -> Result<Infallible, StartError> {
+fn start(
+    host: Host,
+    config: &VmConfig,
+    resources: Resources,
+    clock: Clock,
+) -> Result<Infallible, StartError> {
     let sandbox = Sandbox::prepare()?;
     sandbox.enter_cgroups(&config.sandbox)?;
     guest::run(host, config, resources, clock, sandbox, &mut Report::Standalone)

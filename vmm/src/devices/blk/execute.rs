@@ -11,8 +11,9 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
@@ -46,22 +47,28 @@ pub fn execute(disk: &mut Disk, request: &Request, work: &Work) -> Done {
     sector.copy_from_slice(&header[8..]);
     let sector = u64::from_le_bytes(sector);
     let outcome = match kind {
-        VIRTIO_BLK_T_IN => disk.offset(sector, total(&request.to_guest)).map(|at| disk.read(at, &request.to_guest, work)),
+        VIRTIO_BLK_T_IN => disk
+            .offset(sector, total(&request.to_guest))
+            .map(|at| disk.read(at, &request.to_guest, work)),
         VIRTIO_BLK_T_OUT if disk.read_only => None,
-        VIRTIO_BLK_T_OUT => {
-            disk.offset(sector, total(&request.from_guest)).map(|at| disk.write(at, &request.from_guest, work))
-        }
+        VIRTIO_BLK_T_OUT => disk
+            .offset(sector, total(&request.from_guest))
+            .map(|at| disk.write(at, &request.from_guest, work)),
         VIRTIO_BLK_T_FLUSH => Some(disk.flush(work)),
         VIRTIO_BLK_T_GET_ID => {
             let written = copy_in(&work.ram, &request.to_guest, &disk.serial) as u32;
             return Done { written, ..OK };
         }
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if disk.read_only => None,
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => return disk.clear(kind, &request.from_guest, work),
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+            return disk.clear(kind, &request.from_guest, work);
+        }
         _ => return UNSUPPORTED,
     };
     match outcome {
-        Some(Ok(())) if kind == VIRTIO_BLK_T_IN => Done { written: total(&request.to_guest) as u32, ..OK },
+        Some(Ok(())) if kind == VIRTIO_BLK_T_IN => {
+            Done { written: total(&request.to_guest) as u32, ..OK }
+        }
         Some(Ok(())) => OK,
         Some(Err(_)) | None => FAILED,
     }
@@ -86,9 +93,9 @@ impl Disk {
     /// A full disk is not an error of the guest's: the write waits until there is room.
     fn write(&mut self, offset: u64, from: &[Segment], work: &Work) -> io::Result<()> {
         match &mut self.source {
-            Source::Raw(file) => {
-                until_there_is_room(work, || transfer(file, offset, from, &work.ram, Direction::FromGuest))
-            }
+            Source::Raw(file) => until_there_is_room(work, || {
+                transfer(file, offset, from, &work.ram, Direction::FromGuest)
+            }),
             Source::Nbd(client) => client.write(offset, from, work),
         }
     }
@@ -109,7 +116,9 @@ impl Disk {
         }
         let mut sector = [0; 8];
         sector.copy_from_slice(&range[..8]);
-        let word = |at: usize| u32::from_le_bytes([range[at], range[at + 1], range[at + 2], range[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([range[at], range[at + 1], range[at + 2], range[at + 3]])
+        };
         let (sectors, flags) = (word(8), word(12));
         const UNMAP: u32 = 1;
         if flags & !UNMAP != 0 || (kind == VIRTIO_BLK_T_DISCARD && flags != 0) {
@@ -117,7 +126,9 @@ impl Disk {
         }
         let len = u64::from(sectors) * SECTOR_BYTES;
         let offset = self.offset(u64::from_le_bytes(sector), len as usize);
-        let Some(offset) = offset.filter(|_| sectors > 0 && sectors <= CLEAR_SECTORS_MAX) else { return FAILED };
+        let Some(offset) = offset.filter(|_| sectors > 0 && sectors <= CLEAR_SECTORS_MAX) else {
+            return FAILED;
+        };
         let mode = if kind == VIRTIO_BLK_T_DISCARD || flags & UNMAP != 0 {
             FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
         } else {
@@ -138,7 +149,9 @@ fn until_there_is_room(work: &Work, mut act: impl FnMut() -> io::Result<()>) -> 
             Err(error) if error.kind() == io::ErrorKind::StorageFull => {
                 let stop = crate::devices::borrow(&work.stop);
                 let timeout = Timespec { tv_sec: FULL_DISK_RETRY_S, tv_nsec: 0 };
-                if poll(&mut [PollFd::new(&stop, PollFlags::IN)], Some(&timeout)).is_ok_and(|ready| ready > 0) {
+                if poll(&mut [PollFd::new(&stop, PollFlags::IN)], Some(&timeout))
+                    .is_ok_and(|ready| ready > 0)
+                {
                     return Err(error);
                 }
             }
@@ -167,7 +180,13 @@ enum Direction {
 }
 
 /// Moves whole segments between a file and guest memory without a copy of our own.
-fn transfer(file: &File, mut offset: u64, segments: &[Segment], ram: &Ram, direction: Direction) -> io::Result<()> {
+fn transfer(
+    file: &File,
+    mut offset: u64,
+    segments: &[Segment],
+    ram: &Ram,
+    direction: Direction,
+) -> io::Result<()> {
     let mut vectors = io_vectors(segments, ram)?;
     let mut first = 0;
     while first < vectors.len() {
@@ -218,7 +237,10 @@ pub(super) fn io_vectors(segments: &[Segment], ram: &Ram) -> io::Result<Vec<libc
             let slice = ram
                 .get_slice(GuestAddress(segment.address), segment.len)
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error.to_string()))?;
-            Ok(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: segment.len })
+            Ok(libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: segment.len,
+            })
         })
         .collect()
 }

@@ -16,8 +16,8 @@ use request::Request;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
@@ -65,7 +65,9 @@ pub fn open(config: &DiskConfig, supply: &mut Supply) -> Result<Device, Resource
     let (source, size_bytes) = match &config.source {
         DiskSource::Raw(resource) => {
             let mut file = supply.file(resource, access, &what)?;
-            let size = file.seek(SeekFrom::End(0)).map_err(|error| unusable(format!("find its size: {error}")))?;
+            let size = file
+                .seek(SeekFrom::End(0))
+                .map_err(|error| unusable(format!("find its size: {error}")))?;
             (Source::Raw(file), size)
         }
         DiskSource::Nbd { socket, size_bytes } => {
@@ -75,7 +77,9 @@ pub fn open(config: &DiskConfig, supply: &mut Supply) -> Result<Device, Resource
         }
     };
     if size_bytes < SECTOR_BYTES {
-        return Err(unusable(format!("{size_bytes} bytes; a disk has at least one sector of {SECTOR_BYTES}")));
+        return Err(unusable(format!(
+            "{size_bytes} bytes; a disk has at least one sector of {SECTOR_BYTES}"
+        )));
     }
     let mut serial = [0; SERIAL_BYTES];
     let shown = config.serial.len().min(SERIAL_BYTES);
@@ -135,7 +139,8 @@ impl Disk {
             let mut taken = 0;
             while let Some(chain) = work.queues[0].pop_descriptor_chain(&ram) {
                 let head = chain.head_index();
-                let written = self.answer(Buffers::collect(chain, &ram).and_then(Request::parse), work);
+                let written =
+                    self.answer(Buffers::collect(chain, &ram).and_then(Request::parse), work);
                 work.queues[0].add_used(&ram, head, written)?;
                 work.interrupt(0)?;
                 taken += 1;

@@ -101,7 +101,9 @@ impl NbdClient {
         self.move_all(&mut out, PollFlags::OUT, work)?;
         let mut reply = [0; REPLY_BYTES];
         self.move_all(&mut [vector(&mut reply)], PollFlags::IN, work)?;
-        let word = |at: usize| u32::from_be_bytes([reply[at], reply[at + 1], reply[at + 2], reply[at + 3]]);
+        let word = |at: usize| {
+            u32::from_be_bytes([reply[at], reply[at + 1], reply[at + 2], reply[at + 3]])
+        };
         if word(0) != REPLY_MAGIC || reply[8..16] != self.cookie.to_be_bytes() {
             return Err(io::ErrorKind::InvalidData.into());
         }
@@ -112,7 +114,12 @@ impl NbdClient {
         Ok(error)
     }
 
-    fn move_all(&self, vectors: &mut [libc::iovec], direction: PollFlags, work: &Work) -> io::Result<()> {
+    fn move_all(
+        &self,
+        vectors: &mut [libc::iovec],
+        direction: PollFlags,
+        work: &Work,
+    ) -> io::Result<()> {
         const VECTORS_MAX: usize = 1024;
         let mut first = 0;
         while first < vectors.len() {
@@ -130,7 +137,9 @@ impl NbdClient {
                 }
             };
             match moved {
-                0 if rest.iter().any(|vector| vector.iov_len > 0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                0 if rest.iter().any(|vector| vector.iov_len > 0) => {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
                 ..0 => {
                     let error = io::Error::last_os_error();
                     match error.kind() {

@@ -52,9 +52,21 @@ mod tests {
         let request = Request::parse(buffers).unwrap();
         assert_eq!(request.header, [segment(0, 10), segment(50, 6)]);
         assert_eq!(request.from_guest, [segment(56, 512)]);
-        assert_eq!((request.to_guest.as_slice(), request.status), ([segment(1000, 512)].as_slice(), 2000));
-        assert_eq!(Request::parse(Buffers { readable: vec![segment(0, 15)], writable: vec![segment(9, 1)] }), None);
-        assert_eq!(Request::parse(Buffers { readable: vec![segment(0, 16)], writable: vec![] }), None);
+        assert_eq!(
+            (request.to_guest.as_slice(), request.status),
+            ([segment(1000, 512)].as_slice(), 2000)
+        );
+        assert_eq!(
+            Request::parse(Buffers {
+                readable: vec![segment(0, 15)],
+                writable: vec![segment(9, 1)]
+            }),
+            None
+        );
+        assert_eq!(
+            Request::parse(Buffers { readable: vec![segment(0, 16)], writable: vec![] }),
+            None
+        );
     }
 
     /// Random descriptor tables: every chain ends as a request inside RAM or as a refusal.
@@ -74,14 +86,17 @@ mod tests {
             for index in 0..16 {
                 let address = if next() % 4 == 0 { next() } else { next() % (17 << 20) };
                 let len = if next() % 8 == 0 { next() as u32 } else { next() as u32 % 600 };
-                let descriptor = Descriptor::new(address, len, (next() % 8) as u16, (next() % 18) as u16);
+                let descriptor =
+                    Descriptor::new(address, len, (next() % 8) as u16, (next() % 18) as u16);
                 mock.desc_table().store(index, RawDescriptor::from(descriptor)).unwrap();
                 mock.avail().ring().ref_at(index as usize).unwrap().store((next() % 18) as u16);
             }
             mock.avail().idx().store((next() % 17) as u16);
             let mut queue: Queue = mock.create_queue().unwrap();
             while let Some(chain) = queue.pop_descriptor_chain(&ram) {
-                let Some(request) = Buffers::collect(chain, &ram).and_then(Request::parse) else { continue };
+                let Some(request) = Buffers::collect(chain, &ram).and_then(Request::parse) else {
+                    continue;
+                };
                 parsed += 1;
                 for segment in request.from_guest.iter().chain(&request.to_guest) {
                     assert!(segment.address + segment.len as u64 <= 16 << 20);

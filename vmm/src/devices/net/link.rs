@@ -6,8 +6,8 @@ use crate::process::resources::{Access, ResourceError, Supply};
 use abi::packet_ring::{Consumer, Direction, Producer, Region};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::fd::AsFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 
 /// Where frames go and come from.
@@ -32,13 +32,19 @@ impl Link {
     }
 
     /// A TAP interface by name, or its open descriptor.
-    pub fn tap(resource: &Resource, supply: &mut Supply, what: &str) -> Result<Link, ResourceError> {
+    pub fn tap(
+        resource: &Resource,
+        supply: &mut Supply,
+        what: &str,
+    ) -> Result<Link, ResourceError> {
         let unusable = |reason: String| ResourceError::Unusable { what: what.into(), reason };
         let file = match resource {
             Resource::Descriptor(_) => supply.file(resource, Access::Write, what)?,
             Resource::Path(name) => {
                 supply.only_paths(what)?;
-                open_tap(name).map_err(|error| unusable(format!("TAP interface {}: {error}", name.display())))?
+                open_tap(name).map_err(|error| {
+                    unusable(format!("TAP interface {}: {error}", name.display()))
+                })?
             }
         };
         rustix::io::ioctl_fionbio(&file, true).map_err(|error| unusable(error.to_string()))?;
@@ -68,7 +74,14 @@ impl Link {
             Link::Tap(file) => match file.read(frame) {
                 Ok(0) => Ok(None),
                 Ok(len) => Ok(Some(len)),
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => Ok(None),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                    ) =>
+                {
+                    Ok(None)
+                }
                 Err(error) => Err(error.into()),
             },
         }

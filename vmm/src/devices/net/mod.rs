@@ -13,7 +13,9 @@ use crate::process::resources::{ResourceError, Supply};
 use abi::packet_ring::{FRAME_BYTES_MAX, Region};
 use link::Link;
 use std::sync::Arc;
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
 
@@ -43,11 +45,14 @@ pub struct Nic {
 pub fn open(config: &NetConfig, supply: &mut Supply) -> Result<Device, ResourceError> {
     let what = format!("net {:?}", config.id);
     let unusable = |reason: String| ResourceError::Unusable { what: what.clone(), reason };
-    let mac = config.mac_bytes().ok_or_else(|| unusable(format!("mac {:?} is not one", config.mac)))?;
+    let mac =
+        config.mac_bytes().ok_or_else(|| unusable(format!("mac {:?} is not one", config.mac)))?;
     let (link, ring) = match &config.backend {
         NetBackend::Ring(indices) => {
-            let [memory, from_guest, to_guest] = indices.map(|index| supply.descriptor(index, &what));
-            let region = Region::map(memory?, from_guest?, to_guest?).map_err(|error| unusable(error.to_string()))?;
+            let [memory, from_guest, to_guest] =
+                indices.map(|index| supply.descriptor(index, &what));
+            let region = Region::map(memory?, from_guest?, to_guest?)
+                .map_err(|error| unusable(error.to_string()))?;
             let link = Link::ring(&region).map_err(|error| unusable(error.to_string()))?;
             (link, Some(Arc::new(region)))
         }
@@ -91,9 +96,14 @@ impl Nic {
             let head = chain.head_index();
             let len = Buffers::collect(chain, &ram).map_or(0, |buffers| {
                 let len = total(&buffers.readable);
-                if len <= self.sent.len() { copy_out(&ram, &buffers.readable, &mut self.sent[..]) } else { 0 }
+                if len <= self.sent.len() {
+                    copy_out(&ram, &buffers.readable, &mut self.sent[..])
+                } else {
+                    0
+                }
             });
-            let fits = (HEADER_BYTES + FRAME_BYTES_MIN..=HEADER_BYTES + FRAME_BYTES_MAX).contains(&len);
+            let fits =
+                (HEADER_BYTES + FRAME_BYTES_MIN..=HEADER_BYTES + FRAME_BYTES_MAX).contains(&len);
             if !(fits && self.link.send(&self.sent[HEADER_BYTES..len])?) {
                 self.dropped += 1;
             }

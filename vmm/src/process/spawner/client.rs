@@ -1,7 +1,9 @@
 //! The node's side of the spawner. Blocking; several threads may start guests at once.
 
 use crate::config::VmConfig;
-use crate::control::{CONTROL_VERSION, FloorReply, SpawnReply, SpawnRequest, SpawnerHello, SpawnerRequest, Timings};
+use crate::control::{
+    CONTROL_VERSION, FloorReply, SpawnReply, SpawnRequest, SpawnerHello, SpawnerRequest, Timings,
+};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde::de::DeserializeOwned;
 use std::io::{self, Read};
@@ -58,6 +60,8 @@ pub struct FloorTimes {
     pub first_exit_ns: u64,
     /// The process had ended.
     pub exit_ns: u64,
+    /// CPU time it had used at its first exit.
+    pub cpu_ns: u64,
 }
 
 /// A running spawner. Dropping it ends the spawner; guests run on.
@@ -79,16 +83,22 @@ impl Client {
             .stdout(Stdio::null())
             .spawn()
             .map_err(failed)?;
-        let hello = ours.set_read_timeout(Some(START_TIMEOUT)).and_then(|()| receive::<SpawnerHello>(&ours));
+        let hello = ours
+            .set_read_timeout(Some(START_TIMEOUT))
+            .and_then(|()| receive::<SpawnerHello>(&ours));
         match hello {
-            Ok((SpawnerHello::Ready { sandbox }, _)) => Ok(Client { socket: Mutex::new(ours), child, sandbox }),
+            Ok((SpawnerHello::Ready { sandbox }, _)) => {
+                Ok(Client { socket: Mutex::new(ours), child, sandbox })
+            }
             other => {
                 let _ = child.kill();
                 let _ = child.wait();
                 Err(match other {
                     Ok((SpawnerHello::Failed { message }, _)) => SpawnError::Host(message),
                     Err(error) => SpawnError::Gone(error),
-                    Ok((SpawnerHello::Ready { .. }, _)) => SpawnError::Host("it was ready and is not".into()),
+                    Ok((SpawnerHello::Ready { .. }, _)) => {
+                        SpawnError::Host("it was ready and is not".into())
+                    }
                 })
             }
         }
@@ -105,40 +115,63 @@ impl Client {
     }
 
     /// Starts a guest; every resource of `config` is an index into `descriptors`.
-    pub fn spawn(&self, config: &VmConfig, descriptors: &[BorrowedFd<'_>]) -> Result<Spawned, SpawnError> {
+    pub fn spawn(
+        &self,
+        config: &VmConfig,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Spawned, SpawnError> {
         let request = SpawnRequest { version: CONTROL_VERSION, config: config.clone() };
         let answer = self.ask(&SpawnerRequest::Spawn(Box::new(request)), descriptors)?;
         match receive::<SpawnReply>(&answer) {
-            Ok((SpawnReply::Spawned { pid, timings }, mut descriptors)) => match descriptors.pop() {
-                Some(pidfd) => Ok(Spawned { pid, pidfd, timings }),
-                None => Err(SpawnError::Guest("no pidfd came with the answer".into())),
-            },
+            Ok((SpawnReply::Spawned { pid, timings }, mut descriptors)) => {
+                match descriptors.pop() {
+                    Some(pidfd) => Ok(Spawned { pid, pidfd, timings }),
+                    None => Err(SpawnError::Guest("no pidfd came with the answer".into())),
+                }
+            }
             Ok((SpawnReply::Failed { message }, _)) => Err(SpawnError::Guest(message)),
-            Err(error) => Err(SpawnError::Guest(format!("its process ended while it started ({error})"))),
+            Err(error) => {
+                Err(SpawnError::Guest(format!("its process ended while it started ({error})")))
+            }
         }
     }
 
     /// Has the spawner run `kvm-floor` (an open executable) once, started as guests are.
-    pub fn run_floor(&self, executable: BorrowedFd<'_>, memory_mib: u32) -> Result<FloorTimes, SpawnError> {
+    pub fn run_floor(
+        &self,
+        executable: BorrowedFd<'_>,
+        memory_mib: u32,
+    ) -> Result<FloorTimes, SpawnError> {
         let (report, report_writer) = io::pipe().map_err(SpawnError::Gone)?;
         let request = SpawnerRequest::Floor { memory_mib };
         let answer = self.ask(&request, &[executable, report_writer.as_fd()])?;
         drop(report_writer);
         let guest = |error: io::Error| SpawnError::Guest(format!("kvm-floor: {error}"));
-        let (FloorReply { spawn_ns }, mut descriptors) = receive::<FloorReply>(&answer).map_err(guest)?;
-        let pidfd = descriptors.pop().ok_or_else(|| SpawnError::Guest("kvm-floor did not start".into()))?;
-        poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).map_err(|error| guest(error.into()))?;
+        let (FloorReply { spawn_ns }, mut descriptors) =
+            receive::<FloorReply>(&answer).map_err(guest)?;
+        let pidfd =
+            descriptors.pop().ok_or_else(|| SpawnError::Guest("kvm-floor did not start".into()))?;
+        poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None)
+            .map_err(|error| guest(error.into()))?;
         let exit_ns = crate::process::timings::now_ns();
-        let mut first_exit = [0; 8];
-        (&report).read_exact(&mut first_exit).map_err(|_| {
-            SpawnError::Guest("kvm-floor ended before its first exit; it must be a static executable".into())
+        let mut times = [[0; 8]; 2];
+        (&report).read_exact(times.as_flattened_mut()).map_err(|_| {
+            SpawnError::Guest(
+                "kvm-floor ended before its first exit; it must be a static executable".into(),
+            )
         })?;
-        Ok(FloorTimes { spawn_ns, first_exit_ns: u64::from_ne_bytes(first_exit), exit_ns })
+        let [first_exit_ns, cpu_ns] = times.map(u64::from_ne_bytes);
+        Ok(FloorTimes { spawn_ns, first_exit_ns, exit_ns, cpu_ns })
     }
 
     /// Sends a request; the answer comes on the returned socket.
-    fn ask(&self, request: &SpawnerRequest, descriptors: &[BorrowedFd<'_>]) -> Result<UnixStream, SpawnError> {
-        let message = serde_json::to_vec(request).map_err(|error| SpawnError::Gone(error.into()))?;
+    fn ask(
+        &self,
+        request: &SpawnerRequest,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<UnixStream, SpawnError> {
+        let message =
+            serde_json::to_vec(request).map_err(|error| SpawnError::Gone(error.into()))?;
         let (ours, theirs) = UnixStream::pair().map_err(SpawnError::Gone)?;
         ours.set_read_timeout(Some(START_TIMEOUT)).map_err(SpawnError::Gone)?;
         let mut all = descriptors.to_vec();

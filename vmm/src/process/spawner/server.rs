@@ -4,7 +4,9 @@
 //! to the socket that is the frame's last descriptor. At the end of its input it exits.
 
 use crate::config::VmConfig;
-use crate::control::{CONTROL_VERSION, FloorReply, SpawnReply, SpawnRequest, SpawnerHello, SpawnerRequest};
+use crate::control::{
+    CONTROL_VERSION, FloorReply, SpawnReply, SpawnRequest, SpawnerHello, SpawnerRequest,
+};
 use crate::devices::console::Sink;
 use crate::machine::Host;
 use crate::process::ending;
@@ -65,7 +67,11 @@ fn take_socket() -> io::Result<(OwnedFd, File)> {
     Ok((socket, null))
 }
 
-fn reply<T: Serialize>(socket: impl AsFd, message: &T, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+fn reply<T: Serialize>(
+    socket: impl AsFd,
+    message: &T,
+    descriptors: &[BorrowedFd<'_>],
+) -> io::Result<()> {
     let message = serde_json::to_vec(message).map_err(io::Error::other)?;
     abi::control::send(socket, &message, descriptors)
 }
@@ -93,11 +99,16 @@ impl Spawner {
         };
         match serde_json::from_slice::<SpawnerRequest>(message) {
             Err(error) => failed(format!("spawn request: {error}")),
-            Ok(SpawnerRequest::Floor { memory_mib }) => self.floor(memory_mib, &descriptors, &answer_to),
+            Ok(SpawnerRequest::Floor { memory_mib }) => {
+                self.floor(memory_mib, &descriptors, &answer_to)
+            }
             Ok(SpawnerRequest::Spawn(request)) => {
                 let problems = request.config.problems();
                 if request.version != CONTROL_VERSION {
-                    failed(format!("spawn request version {}; {CONTROL_VERSION} is spoken", request.version));
+                    failed(format!(
+                        "spawn request version {}; {CONTROL_VERSION} is spoken",
+                        request.version
+                    ));
                 } else if !problems.is_empty() {
                     failed(problems.join("; "));
                 } else {
@@ -115,7 +126,13 @@ impl Spawner {
     }
 
     /// The rest of a guest's process.
-    fn become_guest(self, request: SpawnRequest, descriptors: Vec<OwnedFd>, clock: Clock, socket: OwnedFd) -> ! {
+    fn become_guest(
+        self,
+        request: SpawnRequest,
+        descriptors: Vec<OwnedFd>,
+        clock: Clock,
+        socket: OwnedFd,
+    ) -> ! {
         clock.process.reach();
         let Spawner { socket: requests, null, host, sandbox } = self;
         drop(requests);
@@ -144,8 +161,9 @@ impl Spawner {
         if pid == 0 {
             self.become_floor(executable, report, &memory);
         }
-        let pidfd = rustix::process::Pid::from_raw(pid)
-            .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
+        let pidfd = rustix::process::Pid::from_raw(pid).and_then(|pid| {
+            rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok()
+        });
         let pidfds: Vec<BorrowedFd<'_>> = pidfd.iter().map(AsFd::as_fd).collect();
         let _ = reply(answer_to, &FloorReply { spawn_ns }, &pidfds);
     }
@@ -160,7 +178,13 @@ impl Spawner {
             let kvm = libc::fcntl(self.host.kvm_descriptor(), libc::F_DUPFD_CLOEXEC, high);
             libc::dup2(report, FLOOR_REPORT);
             libc::dup2(kvm, FLOOR_KVM);
-            let arguments = [c"kvm-floor".as_ptr(), memory.as_ptr().cast(), c"3".as_ptr(), c"4".as_ptr(), std::ptr::null()];
+            let arguments = [
+                c"kvm-floor".as_ptr(),
+                memory.as_ptr().cast(),
+                c"3".as_ptr(),
+                c"4".as_ptr(),
+                std::ptr::null(),
+            ];
             let environment = [std::ptr::null::<libc::c_char>()];
             libc::syscall(
                 libc::SYS_execveat,
@@ -192,7 +216,8 @@ fn start_guest(
             if let Report::Reply { pidfd, .. } = report {
                 *pidfd = Some(own);
             }
-            Resources::open(config, &mut Supply::descriptors(descriptors), Sink::Nowhere).map_err(|error| error.to_string())
+            Resources::open(config, &mut Supply::descriptors(descriptors), Sink::Nowhere)
+                .map_err(|error| error.to_string())
         });
     let resources = match prepared {
         Ok(resources) => resources,
