@@ -1,0 +1,277 @@
+//! How a host follows the replicated state.
+//!
+//! Commands only wake the agent, they are never its input. On each wake-up (a command was applied,
+//! a guest ended, a step was done, a second has passed) it takes its host's share of the state
+//! ([`controller::plan::host_view`]), compares it with what it observes ([`world`]) and performs
+//! the steps that [`controller::plan::plan`] names ([`execute`]). Start, restart and recovery are
+//! the same path.
+//!
+//! Nothing is started, attached or written on a state older than a ReadIndex that the agent
+//! obtained after its own start and after each time it lost the leader: a log that is being
+//! replayed must not start guests that were deleted long ago.
+
+mod directory;
+mod execute;
+mod launch;
+mod ports;
+mod program;
+mod volumes;
+mod world;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow};
+use controller::api::SubState;
+use controller::ids::{HostId, ServerId};
+use controller::plan::{HostView, Step, host_view, plan};
+use controller::seal::Sealer;
+use controller::state::{Command, Outcome, State, decode_result};
+use serde::Serialize;
+use tokio::sync::Notify;
+use tracing::{debug, info, warn};
+
+use crate::daemon::Machine;
+use directory::{GuestDirectory, Life};
+use world::World;
+
+/// What the agent looks at anew when nothing wakes it.
+const TICK: Duration = Duration::from_secs(1);
+/// First pause after a failed step; doubled with each failure.
+const RETRY_FIRST: Duration = Duration::from_millis(20);
+/// Longest pause after a failed step.
+const RETRY_LAST: Duration = Duration::from_secs(5);
+/// Most bytes of a console log that one request gets.
+pub(crate) const CONSOLE_BYTES_MAX: usize = 1 << 20;
+
+/// What an agent works with.
+pub(crate) struct Context {
+    /// Its host.
+    pub(crate) host: HostId,
+    /// The guests' directories.
+    pub(crate) guests: PathBuf,
+    /// The replicated state.
+    pub(crate) raft: raft::Raft<Machine>,
+    /// The storage process's control socket.
+    pub(crate) storage: PathBuf,
+    /// The switch's control socket.
+    pub(crate) switch: PathBuf,
+    /// Makes guests' processes.
+    pub(crate) spawner: vmm::spawner::Client,
+    /// Opens sealed user data.
+    pub(crate) sealer: Sealer,
+}
+
+/// A guest, for `trine status`.
+#[derive(Clone, Debug, Serialize, serde::Deserialize)]
+pub(crate) struct GuestStatus {
+    /// The server's id.
+    pub(crate) id: String,
+    /// `running`, `ended`, `absent`.
+    pub(crate) state: String,
+    /// The VMM's process id.
+    pub(crate) pid: Option<u32>,
+    /// The generation it was started with.
+    pub(crate) generation: u64,
+    /// Volumes plugged into it.
+    pub(crate) volumes: Vec<String>,
+}
+
+/// One host's agent. Clones are the same agent.
+#[derive(Clone)]
+pub(crate) struct Agent {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    context: Context,
+    world: Mutex<World>,
+    wake: Notify,
+}
+
+impl Agent {
+    /// Finds the guests that run on this host and starts to follow the state.
+    pub(crate) fn start(context: Context) -> Result<Agent> {
+        std::fs::create_dir_all(&context.guests)
+            .with_context(|| format!("cannot make {}", context.guests.display()))?;
+        let world = World::find(&context.guests)?;
+        info!(guests = world.guests.len(), "agent: guests found");
+        let inner = Inner { context, world: Mutex::new(world), wake: Notify::new() };
+        let agent = Agent { inner: Arc::new(inner) };
+        agent.watch_found_guests();
+        tokio::spawn(agent.clone().follow());
+        Ok(agent)
+    }
+
+    /// The guests on this host.
+    pub(crate) fn guests(&self) -> Vec<GuestStatus> {
+        self.with_world(|world| world.guest_statuses())
+    }
+
+    /// The last bytes of a guest's console, at most `limit`.
+    pub(crate) fn console(&self, server: &ServerId, limit: usize) -> Result<Vec<u8>> {
+        let directory = GuestDirectory::of(&self.inner.context.guests, server.as_str());
+        directory.console(limit.min(CONSOLE_BYTES_MAX)).context("cannot read the console log")
+    }
+
+    /// How far the start of a guest has come, while it is being started here.
+    pub(crate) fn sub_state(&self, server: &ServerId) -> Option<SubState> {
+        self.with_world(|world| world.starting.get(server).copied())
+    }
+
+    /// Lets the agent look at everything anew: storage or switch were started again.
+    pub(crate) fn wake(&self) {
+        self.inner.wake.notify_one();
+    }
+
+    fn context(&self) -> &Context {
+        &self.inner.context
+    }
+
+    fn with_world<T>(&self, look: impl FnOnce(&mut World) -> T) -> T {
+        look(&mut self.inner.world.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn watch_found_guests(&self) {
+        let found = self.with_world(|world| world.running_pidfds());
+        for (server, pidfd) in found {
+            self.watch(server, pidfd);
+        }
+    }
+
+    /// Wakes the agent when a guest's process ends.
+    fn watch(&self, server: ServerId, pidfd: std::os::fd::OwnedFd) {
+        let agent = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = crate::process_end::process_end(pidfd).await {
+                warn!(server_id = %server, %error, "agent: cannot watch a guest's process");
+            }
+            agent.with_world(|world| world.refresh_guest(&server));
+            agent.wake();
+        });
+    }
+
+    async fn follow(self) {
+        let mut applied = self.context().raft.applied();
+        let mut gate_open = false;
+        let mut looked = None::<Instant>;
+        loop {
+            if self.context().raft.status().leader.is_none() {
+                gate_open = false;
+            }
+            if !gate_open {
+                gate_open = self.context().raft.read().await.is_ok();
+            }
+            if gate_open {
+                if looked.is_none_or(|looked| looked.elapsed() >= TICK) {
+                    self.look().await;
+                    looked = Some(Instant::now());
+                }
+                let _ = applied.borrow_and_update();
+                self.reconcile(&self.context().raft.view());
+            }
+            let pause = self.with_world(|world| world.next_retry()).unwrap_or(TICK).min(TICK);
+            tokio::select! {
+                changed = applied.changed() => if changed.is_err() { return },
+                () = self.inner.wake.notified() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    /// Asks storage and switch what they hold.
+    async fn look(&self) {
+        let agent = self.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let context = agent.context();
+            let storage = storage::Client::connect(&context.storage)
+                .and_then(|mut client| client.status());
+            let switch = netstack::client::Client::connect(&context.switch)
+                .and_then(|mut client| client.status());
+            agent.with_world(|world| {
+                match storage {
+                    Ok(status) => world.saw_storage(&status),
+                    Err(error) => debug!(%error, "agent: storage does not answer"),
+                }
+                match switch {
+                    Ok(status) => world.saw_switch(&status),
+                    Err(error) => debug!(%error, "agent: the switch does not answer"),
+                }
+                world.refresh_guests();
+            });
+        });
+        if let Err(error) = looked.await {
+            warn!(%error, "agent: looking around failed");
+        }
+    }
+
+    fn reconcile(&self, state: &State) {
+        let view = Arc::new(host_view(state, self.context().host));
+        let steps = self.with_world(|world| {
+            let Some(observed) = world.observed(&view) else { return Vec::new() };
+            let steps = plan(&view, &observed);
+            steps.into_iter().filter(|step| world.take(step)).collect::<Vec<_>>()
+        });
+        for step in steps {
+            tokio::spawn(self.clone().perform(step, Arc::clone(&view)));
+        }
+    }
+
+    async fn perform(self, step: Step, view: Arc<HostView>) {
+        let start = Instant::now();
+        let result = self.execute(&step, &view).await;
+        let ms = start.elapsed().as_secs_f64() * 1e3;
+        match &result {
+            Ok(()) => debug!(?step, ms, "agent: step done"),
+            Err(error) => warn!(?step, ms, error = %format!("{error:#}"), "agent: step failed"),
+        }
+        self.with_world(|world| world.done(&step, result.is_ok()));
+        self.wake();
+    }
+
+    /// Reports an observed fact.
+    async fn report(&self, command: Command) -> Result<()> {
+        let id = *uuid::Uuid::new_v4().as_bytes();
+        let proposed = self.context().raft.propose(id, command.encode()).await?;
+        match decode_result(&proposed.outcome).map_err(|error| anyhow!("{error}"))? {
+            Ok(Outcome::Ignored) => debug!("agent: a report about the past was ignored"),
+            Ok(_) => {}
+            Err(rejection) => return Err(anyhow!("the report was refused: {rejection:?}")),
+        }
+        Ok(())
+    }
+
+    /// Runs blocking work on a thread of its own.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Agent) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let agent = self.clone();
+        tokio::task::spawn_blocking(move || work(&agent)).await?
+    }
+
+    fn storage(&self) -> Result<storage::Client> {
+        Ok(storage::Client::connect(&self.context().storage)?)
+    }
+
+    fn switch(&self) -> Result<netstack::client::Client> {
+        Ok(netstack::client::Client::connect(&self.context().switch)?)
+    }
+}
+
+/// Ends every guest below `guests`, with or without a node that runs; they start again with the
+/// next node unless they are deleted meanwhile.
+pub(crate) fn stop_guests(guests: &Path) -> Result<usize> {
+    let mut stopped = 0;
+    for directory in GuestDirectory::all(guests)? {
+        let Some(mut record) = directory.record() else { continue };
+        if let Life::Running(_, process) = directory.life(&record)? {
+            record.stopped = true;
+            directory.write(&record)?;
+            anyhow::ensure!(process.kill(), "guest {} does not end", record.server_id);
+            stopped += 1;
+        }
+    }
+    Ok(stopped)
+}

@@ -1,0 +1,193 @@
+//! What nodes ask of each other over consensus' authenticated connections.
+
+use super::Node;
+use crate::agent::CONSOLE_BYTES_MAX;
+use anyhow::{Context, Result, bail};
+use controller::ids::{HostId, ServerId};
+use futures::future::{BoxFuture, FutureExt};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A question to another node.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(super) enum PeerCall {
+    /// To any member: make the asking node a voter.
+    AddVoter {
+        /// The asking node.
+        id: u64,
+        /// Where it takes consensus traffic.
+        address: SocketAddr,
+        /// Its name.
+        name: String,
+    },
+    /// To the leader: this host is alive.
+    Heartbeat,
+    /// To a guest's host: the end of its console.
+    Console {
+        /// The server.
+        server: ServerId,
+    },
+    /// To a guest's host: how far its start has come.
+    SubState {
+        /// The server.
+        server: ServerId,
+    },
+    /// Hold a copy of an image.
+    FetchImage {
+        /// The content.
+        sha512: String,
+        /// Its length.
+        size_bytes: u64,
+        /// Who has it.
+        from: Vec<storage::control::Peer>,
+    },
+}
+
+/// Its answer.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum PeerAnswer {
+    /// It is done.
+    Done,
+    /// To a heartbeat: the hosts that are up.
+    Up(BTreeSet<HostId>),
+    /// The end of a console.
+    Console(String),
+    /// How far a start has come, in Nova's words; none where nothing is being started.
+    SubState(Option<String>),
+    /// It could not be done.
+    Failed(String),
+}
+
+impl PeerCall {
+    /// Its bytes.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("plain fields encode")
+    }
+}
+
+impl PeerAnswer {
+    /// The answer in these bytes; a refusal is an error.
+    pub(super) fn decode(bytes: &[u8]) -> Result<PeerAnswer> {
+        match serde_json::from_slice(bytes).context("the node answered nonsense")? {
+            PeerAnswer::Failed(message) => bail!("{message}"),
+            answer => Ok(answer),
+        }
+    }
+}
+
+impl Node {
+    /// Asks another node (or this one).
+    pub(super) async fn call(
+        &self,
+        to: HostId,
+        call: &PeerCall,
+        within: Duration,
+    ) -> Result<PeerAnswer> {
+        let answer = self.raft()?.call(to.0, call.encode(), within).await;
+        PeerAnswer::decode(&answer.with_context(|| format!("host {to} does not answer"))?)
+    }
+}
+
+/// Answers other nodes.
+pub(super) struct NodeCalls {
+    node: Arc<Node>,
+}
+
+impl NodeCalls {
+    /// For a node.
+    pub(super) fn new(node: Arc<Node>) -> NodeCalls {
+        NodeCalls { node }
+    }
+}
+
+impl raft::Calls for NodeCalls {
+    fn call(&self, peer: raft::NodeId, request: Vec<u8>) -> BoxFuture<'static, Vec<u8>> {
+        let node = Arc::clone(&self.node);
+        async move {
+            let answer = match serde_json::from_slice(&request) {
+                Ok(call) => answer(&node, peer, call).await,
+                Err(error) => Err(anyhow::anyhow!("this node does not know the request: {error}")),
+            };
+            let answer = answer.unwrap_or_else(|error| PeerAnswer::Failed(format!("{error:#}")));
+            serde_json::to_vec(&answer).expect("plain fields encode")
+        }
+        .boxed()
+    }
+}
+
+async fn answer(node: &Arc<Node>, peer: raft::NodeId, call: PeerCall) -> Result<PeerAnswer> {
+    match call {
+        PeerCall::AddVoter { id, address, name } => add_voter(node, peer, id, address, name).await,
+        PeerCall::Heartbeat => {
+            node.heartbeats.hear(HostId(peer), Instant::now());
+            Ok(PeerAnswer::Up(node.liveness()?.up))
+        }
+        PeerCall::Console { server } => Ok(PeerAnswer::Console(node.console(server).await?)),
+        PeerCall::SubState { server } => {
+            let sub_state = node.agent()?.sub_state(&server);
+            Ok(PeerAnswer::SubState(sub_state.map(|state| state.as_str().to_owned())))
+        }
+        PeerCall::FetchImage { sha512, size_bytes, from } => {
+            let fetch = move |mut client: storage::Client| {
+                client.fetch_image(&sha512, size_bytes, from)
+            };
+            node.storage(fetch).await?;
+            Ok(PeerAnswer::Done)
+        }
+    }
+}
+
+async fn add_voter(
+    node: &Node,
+    peer: raft::NodeId,
+    id: u64,
+    address: SocketAddr,
+    name: String,
+) -> Result<PeerAnswer> {
+    if peer != id {
+        bail!("node {peer} can't ask for the membership of node {id}");
+    }
+    let raft = node.raft()?;
+    let state = raft.read().await?;
+    if !state.cluster.hosts.contains_key(&HostId(id)) {
+        bail!("node {id} is no host of this cluster; it must join with a token first");
+    }
+    raft.add_voter(id, raft::Member { address, name }).await?;
+    Ok(PeerAnswer::Done)
+}
+
+impl Node {
+    /// The hosts that are up, as far as this node knows.
+    pub(super) fn liveness(&self) -> Result<controller::plan::Liveness> {
+        let state = self.raft()?.view();
+        Ok(self.heartbeats.liveness(state.cluster.hosts.keys().copied(), Instant::now()))
+    }
+
+    /// The end of the console of a guest on this host.
+    pub(super) async fn console(&self, server: ServerId) -> Result<String> {
+        let agent = self.agent()?.clone();
+        let bytes =
+            tokio::task::spawn_blocking(move || agent.console(&server, CONSOLE_BYTES_MAX)).await??;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Runs requests to this host's storage process on a thread of their own.
+    pub(super) async fn storage<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(storage::Client) -> Result<T, storage::Error> + Send + 'static,
+    ) -> Result<T, storage::Error> {
+        let socket = self.storage_socket();
+        let done = tokio::task::spawn_blocking(move || work(storage::Client::connect(&socket)?));
+        done.await.unwrap_or_else(|error| {
+            Err(storage::Error {
+                kind: storage::ErrorKind::Io,
+                message: format!("a request to storage was cut off: {error}"),
+            })
+        })
+    }
+}

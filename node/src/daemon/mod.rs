@@ -1,0 +1,146 @@
+//! A node's life, from its data directory to SIGTERM.
+//!
+//! Start reading at [`run`]. [`cloud`] is what the API asks of the node, [`calls`] what other nodes
+//! ask of it, [`processes`] keeps switch and storage running, [`membership`] makes or joins the
+//! replicated state, and [`crate::agent`] makes this host follow it.
+
+pub(crate) mod bootstrap;
+mod calls;
+pub(crate) mod capacity;
+mod checks;
+mod cloud;
+mod heartbeat;
+mod https;
+mod images;
+mod join_service;
+mod liveness;
+pub(crate) mod local;
+mod machine;
+mod membership;
+mod prepare;
+mod processes;
+mod start;
+mod status;
+
+pub(crate) use machine::Machine;
+
+use crate::agent::Agent;
+use crate::config::NodeConfig;
+use crate::data_directory::{DataDirectory, Secrets};
+use crate::process::ProcessRecord;
+use anyhow::{Context, Result};
+use controller::ids::HostId;
+use controller::seal::Sealer;
+use liveness::Heartbeats;
+use processes::Supervised;
+use sha2::{Digest, Sha256};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+use tokio::sync::watch;
+
+/// What the parts of a running node share.
+pub(crate) struct Node {
+    /// `node.toml`.
+    pub(crate) config: NodeConfig,
+    /// The data directory.
+    pub(crate) directory: DataDirectory,
+    /// Where its sockets lie.
+    pub(crate) runtime_directory: PathBuf,
+    secrets: Secrets,
+    sealer: Sealer,
+    heartbeats: Heartbeats,
+    raft: OnceLock<raft::Raft<Machine>>,
+    agent: OnceLock<Agent>,
+    supervised: Vec<Arc<Supervised>>,
+}
+
+impl Node {
+    /// This host.
+    fn host(&self) -> HostId {
+        HostId(self.config.node_id)
+    }
+
+    /// Consensus, once it was started.
+    fn raft(&self) -> Result<&raft::Raft<Machine>> {
+        self.raft.get().context("the node is still starting")
+    }
+
+    /// The agent, once it was started.
+    fn agent(&self) -> Result<&Agent> {
+        self.agent.get().context("the node is still starting")
+    }
+
+    fn storage_socket(&self) -> PathBuf {
+        storage_socket(&self.runtime_directory)
+    }
+
+    /// A key for one purpose, derived from the cluster's: none is ever used for two.
+    fn derived_key(&self, purpose: &str) -> [u8; 32] {
+        derived_key(&self.secrets.cluster_key, purpose)
+    }
+}
+
+fn derived_key(cluster_key: &[u8; 32], purpose: &str) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(b"trine key for ");
+    hash.update(purpose.as_bytes());
+    hash.update([0]);
+    hash.update(cluster_key);
+    hash.finalize().into()
+}
+
+fn switch_socket(runtime_directory: &Path) -> PathBuf {
+    runtime_directory.join("switch.sock")
+}
+
+fn storage_socket(runtime_directory: &Path) -> PathBuf {
+    runtime_directory.join("storage.sock")
+}
+
+/// Runs the node of a data directory until SIGTERM, Ctrl-C or a failure that it can't survive.
+pub(crate) async fn run(data_directory: &Path) -> Result<()> {
+    let directory = DataDirectory::open(data_directory)?;
+    let config = NodeConfig::read(directory.root())?;
+    let _lock = checks::lock(&directory)?;
+    let record = directory.process_record("node");
+    ProcessRecord::of(std::process::id())
+        .and_then(|me| me.write(&record))
+        .with_context(|| format!("cannot write {}", record.display()))?;
+
+    let (stop, stopping) = watch::channel(false);
+    let mut running = tokio::select! {
+        started = start::start(config, directory, stopping) => started?,
+        signal = stop_signal() => return signal,
+    };
+    let ended = tokio::select! {
+        signal = stop_signal() => signal,
+        failure = running.failure() => Err(failure),
+    };
+    let _ = stop.send(true);
+    running.finish().await;
+    let _ = std::fs::remove_file(&record);
+    ended
+}
+
+async fn stop_signal() -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+        _ = terminate.recv() => {}
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::derived_key;
+
+    #[test]
+    fn each_purpose_has_its_own_key() {
+        let key = [7; 32];
+        assert_eq!(derived_key(&key, "tokens"), derived_key(&key, "tokens"));
+        assert_ne!(derived_key(&key, "tokens"), derived_key(&key, "secrets"));
+        assert_ne!(derived_key(&key, "tokens"), derived_key(&[8; 32], "tokens"));
+    }
+}

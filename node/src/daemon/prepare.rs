@@ -1,0 +1,34 @@
+//! Placement, on the leader, before a command enters the log.
+
+use super::Node;
+use controller::plan::{self, InFlight, Liveness};
+use controller::state::{Command, State};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Fills placements in.
+pub(super) struct Placing {
+    node: Arc<Node>,
+    in_flight: Mutex<InFlight>,
+}
+
+impl Placing {
+    /// For a node.
+    pub(super) fn new(node: Arc<Node>) -> Placing {
+        Placing { node, in_flight: Mutex::default() }
+    }
+
+    fn known(&self) -> Option<(State, Liveness)> {
+        Some((self.node.raft().ok()?.view(), self.node.liveness().ok()?))
+    }
+}
+
+impl raft::Prepare for Placing {
+    fn prepare(&self, bytes: Vec<u8>) -> Vec<u8> {
+        let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+        // What can't be read is refused where it is applied.
+        let (Ok(command), Some((state, liveness))) = (Command::decode(&bytes), self.known()) else {
+            return bytes;
+        };
+        plan::prepare(&state, &liveness, &mut in_flight, command).encode()
+    }
+}

@@ -1,0 +1,106 @@
+//! How a host joins: it shows a one-time token to a node of the cluster, over TLS pinned to the
+//! authority's fingerprint, and gets its id, certificate and the cluster's keys.
+
+mod ask;
+
+pub(crate) use ask::ask;
+
+use crate::daemon::capacity::Capacity;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+/// Path of the request on a node's API.
+pub(crate) const PATH: &str = "/trine/v1/join";
+/// File of a joined data directory: whom to ask for membership at the first start.
+pub(crate) const PEERS_FILE_NAME: &str = "peers.json";
+
+/// What a host asks.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct JoinRequest {
+    /// The token's secret.
+    pub(crate) secret: String,
+    /// Certificate request for the host's key, PEM.
+    pub(crate) request_pem: String,
+    /// The host's name.
+    pub(crate) name: String,
+    /// Its address.
+    pub(crate) address: IpAddr,
+    /// Its ports.
+    pub(crate) api_port: u16,
+    /// Consensus.
+    pub(crate) raft_port: u16,
+    /// Volumes and images.
+    pub(crate) storage_port: u16,
+    /// Tunnels.
+    pub(crate) vxlan_port: u16,
+    /// What the scheduler may place on it.
+    pub(crate) capacity: Capacity,
+}
+
+/// What it gets.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct JoinAnswer {
+    /// Its id.
+    pub(crate) node_id: u64,
+    /// Its certificate, PEM.
+    pub(crate) certificate_pem: String,
+    /// The authority's certificate, PEM.
+    pub(crate) authority_pem: String,
+    /// The authority's key, PEM.
+    pub(crate) authority_key_pem: String,
+    /// The cluster's key, hexadecimal.
+    cluster_key: String,
+    /// The nodes it may ask for membership.
+    pub(crate) peers: Vec<Peer>,
+}
+
+/// A node of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Peer {
+    /// Its id.
+    pub(crate) id: u64,
+    /// Where it takes consensus traffic.
+    pub(crate) address: SocketAddr,
+}
+
+impl JoinAnswer {
+    /// An answer with the cluster's key in it.
+    pub(crate) fn new(
+        node_id: u64,
+        certificate_pem: String,
+        authority: &crate::pki::Authority,
+        cluster_key: [u8; 32],
+        peers: Vec<Peer>,
+    ) -> JoinAnswer {
+        JoinAnswer {
+            node_id,
+            certificate_pem,
+            authority_pem: authority.certificate_pem.clone(),
+            authority_key_pem: authority.key_pem().to_owned(),
+            cluster_key: hex::encode(cluster_key),
+            peers,
+        }
+    }
+
+    /// The cluster's key.
+    pub(crate) fn cluster_key(&self) -> anyhow::Result<[u8; 32]> {
+        let mut key = [0; 32];
+        hex::decode_to_slice(&self.cluster_key, &mut key)
+            .map_err(|_| anyhow::anyhow!("the node answered with a malformed cluster key"))?;
+        Ok(key)
+    }
+}
+
+impl fmt::Debug for JoinRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JoinRequest").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for JoinAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("JoinAnswer").field("node_id", &self.node_id).finish_non_exhaustive()
+    }
+}
