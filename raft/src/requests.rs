@@ -12,7 +12,7 @@ use openraft::{
     async_runtime::watch::WatchReceiver,
     raft::{AppendEntriesResponse, StreamAppendError, TransferLeaderRequest},
 };
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use crate::{
     NodeId, StateMachine,
@@ -197,7 +197,9 @@ impl<S: StateMachine> Core<S> {
         let mut decoder = Decoder(body);
         let id = decoder.u64().map_err(text)?;
         let node = decoder.member_node().map_err(text)?;
-        let attempt = self.add_voter_here(id, node).await;
+        let attempt = timeout(self.config.propose_deadline, self.add_voter_here(id, node))
+            .await
+            .unwrap_or_else(|_| Attempt::Retry(format!("node {id} has not caught up yet")));
         Ok(attempt.encode(Encoder::u64))
     }
 
@@ -219,15 +221,35 @@ impl<S: StateMachine> Core<S> {
             let moved = ChangeMembers::SetNodes(BTreeMap::from([(id, node)]));
             self.raft.change_membership(moved, true).await
         } else {
-            self.raft.add_learner(id, node, true).await
+            self.raft.add_learner(id, node, false).await
         };
-        if let Err(error) = learned {
-            return write_failed(error);
+        match learned {
+            Ok(response) => self.learner_holds(id, response.log_id.index).await,
+            Err(error) => return write_failed(error),
         }
         let voters = ChangeMembers::AddVoterIds(BTreeSet::from([id]));
         match self.raft.change_membership(voters, true).await {
             Ok(response) => Attempt::Done(response.log_id.index),
             Err(error) => write_failed(error),
+        }
+    }
+
+    /// Waits until a learner is known to hold an entry. A node that can't be reached must not
+    /// become a voter: it would only weaken the quorum. The caller's deadline ends the wait, and
+    /// so does the loss of leadership.
+    async fn learner_holds(&self, id: NodeId, index: u64) {
+        let mut metrics = self.raft.metrics();
+        loop {
+            let holds = match &metrics.borrow_watched().replication {
+                None => true,
+                Some(all) => {
+                    let matched = all.get(&id).copied().flatten();
+                    matched.is_some_and(|matched| matched.index >= index)
+                }
+            };
+            if holds || metrics.changed().await.is_err() {
+                return;
+            }
         }
     }
 

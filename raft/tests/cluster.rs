@@ -230,9 +230,9 @@ async fn a_node_with_a_foreign_certificate_never_becomes_a_voter() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_voter_is_added_through_a_follower_and_again_without_effect() {
     let mut cluster = Cluster::start().await;
+    let follower = cluster.node(cluster.follower().await);
     let config = cluster.config(4);
     cluster.launch(config).await;
-    let follower = cluster.node(cluster.follower().await);
     for _ in 0..2 {
         follower.add_voter(4, cluster.member(4)).await.expect("added");
     }

@@ -157,6 +157,7 @@ impl Wal {
         fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
         let lock = take_lock(&directory)?;
         let mut recovery = Recovery::default();
+        segment::remove_unfinished(&directory).map_err(io_error("clean", &directory))?;
         let listed = segment::list(&directory).map_err(io_error("list", &directory))?;
         let mut active = None;
         for (position, (number, path)) in listed.iter().enumerate() {

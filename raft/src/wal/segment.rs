@@ -85,7 +85,18 @@ pub(super) fn activate(directory: &Path, mut segment: Segment) -> io::Result<Seg
     Ok(segment)
 }
 
-/// The segments in a directory by number; leftovers of an unfinished preparation are removed.
+/// Removes what an unfinished preparation left.
+pub(super) fn remove_unfinished(directory: &Path) -> io::Result<()> {
+    for item in fs::read_dir(directory)? {
+        let path = item?.path();
+        if path.to_str().is_some_and(|name| name.ends_with(SUFFIX_NEW)) {
+            fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// The segments in a directory by number.
 pub(super) fn list(directory: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
     let mut segments = Vec::new();
     for item in fs::read_dir(directory)? {
@@ -93,9 +104,7 @@ pub(super) fn list(directory: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
         let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
             continue;
         };
-        if name.ends_with(SUFFIX_NEW) {
-            fs::remove_file(&path)?;
-        } else if let Some(stem) = name.strip_suffix(SUFFIX)
+        if let Some(stem) = name.strip_suffix(SUFFIX)
             && let Ok(number) = u64::from_str_radix(stem, 16)
         {
             segments.push((number, path));
