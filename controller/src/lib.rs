@@ -11,6 +11,7 @@
 
 pub mod api;
 pub mod ids;
+pub mod instance_data;
 pub mod plan;
 pub mod seal;
 pub mod state;

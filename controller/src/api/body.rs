@@ -121,9 +121,9 @@ where
         Value::String(text) => text.trim().parse().ok(),
         _ => None,
     };
-    number.map(Some).ok_or_else(|| {
-        D::Error::custom(format!("{value} is not a non-negative integer"))
-    })
+    number
+        .map(Some)
+        .ok_or_else(|| D::Error::custom(format!("{value} is not a non-negative integer")))
 }
 
 #[cfg(test)]

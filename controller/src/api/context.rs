@@ -207,9 +207,11 @@ impl Context {
 
     /// The project that the request is about: the token's.
     pub(crate) fn project_id(&self) -> Result<ProjectId, ApiError> {
-        self.caller.project.as_ref().map(|project| project.id.clone()).ok_or_else(|| {
-            ApiError::forbidden("This needs a token that is scoped to a project.")
-        })
+        self.caller
+            .project
+            .as_ref()
+            .map(|project| project.id.clone())
+            .ok_or_else(|| ApiError::forbidden("This needs a token that is scoped to a project."))
     }
 
     pub(crate) fn user_id(&self) -> UserId {

@@ -66,10 +66,13 @@ async fn root(Extension(edge): Extension<Edge>) -> Json {
 async fn healthz(State(api): State<Arc<Api>>) -> Json {
     let read = api.cloud.read().await;
     let status = if read.is_ok() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    Json(status, json!({
-        "status": if read.is_ok() { "ok" } else { "unavailable" },
-        "reason": read.err().map(|error| error.to_string()),
-    }))
+    Json(
+        status,
+        json!({
+            "status": if read.is_ok() { "ok" } else { "unavailable" },
+            "reason": read.err().map(|error| error.to_string()),
+        }),
+    )
 }
 
 fn identity_document(edge: &Edge) -> Value {
@@ -120,9 +123,7 @@ async fn compute_version(Extension(edge): Extension<Edge>) -> Json {
 }
 
 async fn image_versions(Extension(edge): Extension<Edge>) -> Json {
-    let version = |id: &str, status: &str| {
-        json!({"id": id, "status": status, "links": link(&edge, "/image/v2/")})
-    };
+    let version = |id: &str, status: &str| json!({"id": id, "status": status, "links": link(&edge, "/image/v2/")});
     let body = json!({"versions": [
         version("v2.9", "CURRENT"),
         version("v2.7", "SUPPORTED"),

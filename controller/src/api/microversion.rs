@@ -39,7 +39,7 @@ pub(crate) const COMPUTE: Range = Range {
 
 /// Block storage's range.
 pub(crate) const VOLUME: Range =
-    Range { word: "volume", min: Microversion(3, 0), max: Microversion(3, 60), legacy: None };
+    Range { word: "volume", min: Microversion(3, 0), max: Microversion(3, 0), legacy: None };
 
 const HEADER: HeaderName = HeaderName::from_static("openstack-api-version");
 
@@ -124,9 +124,7 @@ mod tests {
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
         pairs
             .iter()
-            .map(|(name, value)| {
-                (HeaderName::from_static(name), HeaderValue::from_static(value))
-            })
+            .map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value)))
             .collect()
     }
 

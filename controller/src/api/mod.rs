@@ -17,12 +17,14 @@ mod error;
 mod identity;
 mod image;
 mod microversion;
+mod network;
 mod password;
 mod policy;
 mod query;
 mod routes;
 mod time;
 mod token;
+mod volume;
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -37,8 +39,11 @@ pub use password::{PasswordCost, PasswordError, hash_password};
 pub use policy::{Action, Rule};
 pub use routes::RouteRow;
 
+use error::{ApiError, ErrorKind};
 use password::Passwords;
 use routes::Routes;
+
+use crate::state::Outcome;
 
 /// How long a token is good unless configured, seconds.
 pub const TOKEN_LIFETIME_S: u64 = 3600;
@@ -81,8 +86,14 @@ impl fmt::Debug for Api {
     }
 }
 
+/// An outcome that isn't of the kind that its command has: a bug, told as one.
+fn unexpected(outcome: &Outcome) -> ApiError {
+    tracing::error!(?outcome, "the outcome does not belong to its command");
+    ApiError::new(ErrorKind::Internal, "The command had an unexpected outcome.")
+}
+
 fn routes() -> Routes {
-    discovery::routes().and(identity::routes()).and(image::routes()).and(compute::routes())
+    discovery::routes().and(identity::routes()).and(image::routes()).and(compute::routes()).and(network::routes()).and(volume::routes())
 }
 
 /// Every route with its policy row, for documentation and for tests that walk them.

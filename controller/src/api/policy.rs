@@ -130,8 +130,55 @@ actions! {
 
     // Block storage.
     VOLUME_VERSIONS = "volume_extension:versions", Authenticated;
+    VOLUME_LIST = "volume:get_all", Reader;
+    VOLUME_GET = "volume:get", Reader;
+    VOLUME_CREATE = "volume:create", Member;
+    VOLUME_UPDATE = "volume:update", Member;
+    VOLUME_DELETE = "volume:delete", Member;
+    VOLUME_ACTION = "volume_extension:volume_actions", Member;
+    VOLUME_METADATA_GET = "volume:get_volume_metadata", Reader;
+    VOLUME_METADATA_CHANGE = "volume:update_volume_metadata", Member;
+    VOLUME_ZONE_LIST = "volume:availability_zone_list", Authenticated;
+    VOLUME_SERVICE_LIST = "volume_extension:services:index", AdminReader;
+    VOLUME_LIMITS = "limits_extension:used_limits", Reader;
+    VOLUME_QUOTA_GET = "volume_extension:quotas:show", Reader;
+    VOLUME_QUOTA_CHANGE = "volume_extension:quotas:update", Admin;
 
     // Networking.
+    NETWORK_EXTENSION_LIST = "get_extension", Authenticated;
+    NETWORK_LIST = "get_networks", Reader;
+    NETWORK_GET = "get_network", Reader;
+    NETWORK_CREATE = "create_network", Member;
+    NETWORK_UPDATE = "update_network", Member;
+    NETWORK_DELETE = "delete_network", Member;
+    SUBNET_LIST = "get_subnets", Reader;
+    SUBNET_GET = "get_subnet", Reader;
+    SUBNET_CREATE = "create_subnet", Member;
+    SUBNET_UPDATE = "update_subnet", Member;
+    SUBNET_DELETE = "delete_subnet", Member;
+    PORT_LIST = "get_ports", Reader;
+    PORT_GET = "get_port", Reader;
+    PORT_CREATE = "create_port", Member;
+    PORT_UPDATE = "update_port", Member;
+    PORT_DELETE = "delete_port", Member;
+    SECURITY_GROUP_LIST = "get_security_groups", Reader;
+    SECURITY_GROUP_GET = "get_security_group", Reader;
+    SECURITY_GROUP_CREATE = "create_security_group", Member;
+    SECURITY_GROUP_UPDATE = "update_security_group", Member;
+    SECURITY_GROUP_DELETE = "delete_security_group", Member;
+    FLOATING_IP_LIST = "get_floatingips", Reader;
+    FLOATING_IP_GET = "get_floatingip", Reader;
+    FLOATING_IP_CREATE = "create_floatingip", Member;
+    FLOATING_IP_UPDATE = "update_floatingip", Member;
+    FLOATING_IP_DELETE = "delete_floatingip", Member;
+    SECURITY_RULE_LIST = "get_security_group_rules", Reader;
+    SECURITY_RULE_GET = "get_security_group_rule", Reader;
+    SECURITY_RULE_CREATE = "create_security_group_rule", Member;
+    SECURITY_RULE_DELETE = "delete_security_group_rule", Member;
+    PORT_FORWARDING_LIST = "get_floatingip_port_forwardings", Reader;
+    PORT_FORWARDING_GET = "get_floatingip_port_forwarding", Reader;
+    PORT_FORWARDING_CREATE = "create_floatingip_port_forwarding", Member;
+    PORT_FORWARDING_DELETE = "delete_floatingip_port_forwarding", Member;
 }
 
 /// What handlers check beyond the route's row, for actions that share one route.

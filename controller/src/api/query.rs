@@ -35,6 +35,11 @@ impl Params {
         self.0.iter().filter(move |(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
+    /// The names that are there.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().map(|(name, _)| name.as_str())
+    }
+
     /// True when the parameter is there.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.0.iter().any(|(key, _)| key == name)
@@ -122,14 +127,15 @@ impl Page {
         items: Vec<T>,
         id: impl Fn(&T) -> &str,
     ) -> Result<Slice<T>, ApiError> {
-        let start = match &self.marker {
-            None => 0,
-            Some(marker) => {
-                items.iter().position(|item| id(item) == marker).ok_or_else(|| {
-                    ApiError::bad_request(format!("marker [{marker}] not found"))
-                })? + 1
-            }
-        };
+        let start =
+            match &self.marker {
+                None => 0,
+                Some(marker) => {
+                    items.iter().position(|item| id(item) == marker).ok_or_else(|| {
+                        ApiError::bad_request(format!("marker [{marker}] not found"))
+                    })? + 1
+                }
+            };
         // A limit of 0 means none, as in Nova.
         let limit = match self.limit {
             None | Some(0) => PAGE_MAX,

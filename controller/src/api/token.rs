@@ -97,10 +97,13 @@ mod tests {
         let token = seal(&old, &payload()).unwrap();
         assert!(token.len() <= 255, "clients keep tokens in 255 bytes");
         let rotated = TokenKeys { keys: vec![[2; 32], [1; 32]] };
-        assert_eq!(open(&rotated, &token, 1_999), Some(payload()).map(|mut p| {
-            p.audit_ids = open(&old, &token, 0).unwrap().audit_ids;
-            p
-        }));
+        assert_eq!(
+            open(&rotated, &token, 1_999),
+            Some(payload()).map(|mut p| {
+                p.audit_ids = open(&old, &token, 0).unwrap().audit_ids;
+                p
+            })
+        );
         assert_eq!(open(&rotated, &token, 2_000), None);
         assert_eq!(open(&TokenKeys { keys: vec![[2; 32]] }, &token, 1_500), None);
     }

@@ -165,9 +165,7 @@ fn passes(ctx: &Context, one: &Assignment) -> bool {
 fn assignment_view(ctx: &Context, one: &Assignment, names: bool) -> Value {
     let identity = &ctx.state.identity;
     let Actor::User(user_id) = &one.actor;
-    let domain_of = |id: &DomainId| {
-        json!({"id": id, "name": identity.domains.get(id).map(|domain| &domain.name)})
-    };
+    let domain_of = |id: &DomainId| json!({"id": id, "name": identity.domains.get(id).map(|domain| &domain.name)});
     let mut user = json!({"id": user_id});
     let mut role = json!({"id": one.role_id});
     let (scope, path) = match &one.target {

@@ -48,7 +48,7 @@ pub(super) fn domain_view(ctx: &Context, domain: &Domain) -> Value {
 fn answer(ctx: &Context, outcome: &Outcome) -> Result<Value, ApiError> {
     match outcome {
         Outcome::Domain(domain) => Ok(json!({"domain": domain_view(ctx, domain)})),
-        other => Err(super::unexpected(other)),
+        other => Err(super::super::unexpected(other)),
     }
 }
 

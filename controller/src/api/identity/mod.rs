@@ -13,7 +13,6 @@ use serde_json::{Value, json};
 use super::context::Context;
 use super::error::ApiError;
 use super::routes::Routes;
-use crate::state::Outcome;
 
 pub(super) const PREFIX: &str = "/identity";
 
@@ -33,12 +32,6 @@ fn listed(ctx: &Context, collection: &str, items: Vec<Value>) -> Value {
         collection: items,
         "links": {"self": ctx.self_url(), "next": null, "previous": null},
     })
-}
-
-/// An outcome that isn't of the kind that its command has: a bug, told as one.
-fn unexpected(outcome: &Outcome) -> ApiError {
-    tracing::error!(?outcome, "the outcome does not belong to its command");
-    ApiError::new(super::error::ErrorKind::Internal, "The command had an unexpected outcome.")
 }
 
 /// Checks a name: 1 to `max` characters.

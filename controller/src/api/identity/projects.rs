@@ -57,7 +57,7 @@ pub(super) fn project_view(ctx: &Context, project: &Project) -> Value {
 fn answer(ctx: &Context, outcome: &Outcome) -> Result<Value, ApiError> {
     match outcome {
         Outcome::Project(project) => Ok(json!({"project": project_view(ctx, project)})),
-        other => Err(super::unexpected(other)),
+        other => Err(super::super::unexpected(other)),
     }
 }
 

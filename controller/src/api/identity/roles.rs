@@ -48,7 +48,7 @@ pub(super) fn role_view(ctx: &Context, role: &Role) -> Value {
 fn answer(ctx: &Context, outcome: &Outcome) -> Result<Value, ApiError> {
     match outcome {
         Outcome::Role(role) => Ok(json!({"role": role_view(ctx, role)})),
-        other => Err(super::unexpected(other)),
+        other => Err(super::super::unexpected(other)),
     }
 }
 

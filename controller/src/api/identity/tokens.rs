@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::Extension;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -18,8 +18,8 @@ use super::super::routes::Routes;
 use super::super::token::{self, Payload, Scope};
 use super::super::{Api, policy, time};
 use super::catalog::catalog;
-use super::projects::project_view;
 use super::domains::domain_view;
+use super::projects::project_view;
 use crate::state::State as CloudState;
 use crate::state::identity::{Actor, Domain, Project, Target, User};
 
@@ -216,9 +216,9 @@ fn choose_scope(
         ScopeRequest::Object(object) => object,
     };
     match object {
-        ScopeObject { project: Some(reference), .. } => find_project(state, &reference)
-            .map(project_scope)
-            .ok_or_else(ApiError::unauthorized),
+        ScopeObject { project: Some(reference), .. } => {
+            find_project(state, &reference).map(project_scope).ok_or_else(ApiError::unauthorized)
+        }
         ScopeObject { domain: Some(named), .. } => find_domain(state, &named)
             .map(|domain| Scope::Domain(domain.id.0.clone()))
             .ok_or_else(ApiError::unauthorized),

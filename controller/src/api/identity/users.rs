@@ -88,7 +88,7 @@ fn user_view(ctx: &Context, user: &User) -> Value {
 fn answer(ctx: &Context, outcome: &Outcome) -> Result<Value, ApiError> {
     match outcome {
         Outcome::User(user) => Ok(json!({"user": user_view(ctx, user)})),
-        other => Err(super::unexpected(other)),
+        other => Err(super::super::unexpected(other)),
     }
 }
 
