@@ -43,10 +43,7 @@ pub(crate) struct Directory {
 impl Directory {
     /// Makes the directory where it is missing, locks it and clears what a crash left.
     pub(crate) fn open(path: &Path, cluster_id: &str) -> Result<Self, StartError> {
-        let failed = |source| StartError::Directory {
-            path: path.to_owned(),
-            source: io::Error::from(source),
-        };
+        let failed = |source| StartError::Directory { path: path.to_owned(), source };
         make(path).map_err(failed)?;
         let lock = create(&path.join("lock")).map_err(failed)?;
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {

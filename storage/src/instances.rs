@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const COPY_BYTES: usize = 1 << 20;
 
@@ -52,18 +52,28 @@ impl Instances {
             )));
         }
         let failed = |error| Error::io(format_args!("make the disk of server {server_id}"), error);
+        let folder = self.path(server_id);
         let staging = self.directory.staging("root");
-        let disk = directory::create_new(staging.path()).map_err(failed)?;
-        copy(&source, &disk, image.size_bytes).map_err(failed)?;
-        disk.set_len(size_bytes).map_err(failed)?;
-        disk.sync_all().map_err(failed)?;
-
-        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        let made = (|| {
+            // Before the disk: what syncs the disk then has little left to do for the folder.
+            directory::make(&folder)?;
+            let disk = directory::create_new(staging.path())?;
+            copy(&source, &disk, image.size_bytes)?;
+            disk.set_len(size_bytes)?;
+            disk.sync_all()?;
+            directory::sync_parent(&folder)
+        })();
+        if let Err(error) = made {
+            // Fails where there is something in it, which is right.
+            let _ = fs::remove_dir(&folder);
+            return Err(failed(error));
+        }
+        let _placing = self.placing();
         if self.has_root(server_id, sha512, size_bytes)? {
             return Ok(());
         }
-        let name = format!("root-{sha512}.img");
-        self.place(staging.path(), server_id, &name).map_err(failed)
+        fs::rename(staging.path(), folder.join(format!("root-{sha512}.img"))).map_err(failed)?;
+        directory::sync(&folder).map_err(failed)
     }
 
     /// Opens a server's disk to read and write.
@@ -80,12 +90,13 @@ impl Instances {
     /// Removes all that a server has here.
     pub(crate) fn delete(&self, server_id: &str) -> Result<(), Error> {
         check_id("server", server_id)?;
-        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _placing = self.placing();
         self.directory.remove(&self.path(server_id))?;
         Ok(())
     }
 
-    /// Writes a server's config drive and opens it to read.
+    /// Writes a server's config drive and opens it to read. Nothing is synced: a crash of the host
+    /// ends the guest, and its next start writes the drive anew.
     pub(crate) fn write_config_drive(
         &self,
         server_id: &str,
@@ -94,8 +105,10 @@ impl Instances {
         check_id("server", server_id)?;
         let files = files
             .into_iter()
-            .map(|(path, body)| Ok((decode(&path, &body)?, path)))
-            .map(|decoded| decoded.map(|(body, path)| (path, body)))
+            .map(|(path, body)| {
+                let body = decode(&path, &body)?;
+                Ok((path, body))
+            })
             .collect::<Result<BTreeMap<_, _>, Error>>()?;
         let image = config_drive::image(files)?;
         let failed =
@@ -103,20 +116,16 @@ impl Instances {
         let staging = self.directory.staging("config");
         let file = directory::create_new(staging.path()).map_err(failed)?;
         file.write_all_at(&image, 0).map_err(failed)?;
-        file.sync_all().map_err(failed)?;
-        let _placing = self.placing.lock().unwrap_or_else(PoisonError::into_inner);
-        self.place(staging.path(), server_id, "config.iso").map_err(failed)?;
-        let file = File::open(self.path(server_id).join("config.iso")).map_err(failed)?;
+        let _placing = self.placing();
+        let folder = self.path(server_id);
+        directory::make(&folder).map_err(failed)?;
+        fs::rename(staging.path(), folder.join("config.iso")).map_err(failed)?;
+        let file = File::open(folder.join("config.iso")).map_err(failed)?;
         Ok((file, image.len() as u64))
     }
 
-    fn place(&self, staged: &Path, server_id: &str, name: &str) -> io::Result<()> {
-        let folder = self.path(server_id);
-        let new = !folder.exists();
-        directory::make(&folder)?;
-        fs::rename(staged, folder.join(name))?;
-        directory::sync(&folder)?;
-        if new { directory::sync_parent(&folder) } else { Ok(()) }
+    fn placing(&self) -> MutexGuard<'_, ()> {
+        self.placing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether that very disk is there; another one is an error.

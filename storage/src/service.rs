@@ -125,7 +125,14 @@ pub struct Service {
 /// The control connections that are open.
 #[derive(Default)]
 struct Clients {
-    open: Mutex<HashMap<u64, (UnixStream, Option<JoinHandle<()>>)>>,
+    open: Mutex<HashMap<u64, Connection>>,
+}
+
+struct Connection {
+    /// To end it from outside.
+    socket: UnixStream,
+    /// Taken by whoever waits for its end.
+    thread: Option<JoinHandle<()>>,
 }
 
 /// Does a storage process's work until SIGTERM or SIGINT. Takes an exclusive lock on the
@@ -302,16 +309,16 @@ impl Clients {
                 clients.open().remove(&id);
                 drop(place);
             })?;
-        open.insert(id, (handle, Some(thread)));
+        open.insert(id, Connection { socket: handle, thread: Some(thread) });
         Ok(())
     }
 
     fn stop(&self) {
         let threads: Vec<_> = {
             let mut open = self.open();
-            let close = |(socket, thread): &mut (UnixStream, Option<JoinHandle<()>>)| {
-                let _ = socket.shutdown(Shutdown::Both);
-                thread.take()
+            let close = |connection: &mut Connection| {
+                let _ = connection.socket.shutdown(Shutdown::Both);
+                connection.thread.take()
             };
             open.values_mut().filter_map(close).collect()
         };
@@ -320,7 +327,7 @@ impl Clients {
         }
     }
 
-    fn open(&self) -> MutexGuard<'_, HashMap<u64, (UnixStream, Option<JoinHandle<()>>)>> {
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Connection>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

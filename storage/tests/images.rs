@@ -40,7 +40,7 @@ fn an_image_is_held_after_a_restart_until_it_is_deleted() {
     let image = host.import(&pattern(3 << 20)).unwrap();
     assert_eq!(host.import(&pattern(3 << 20)).unwrap(), image);
     host.restart();
-    assert_eq!(host.client().status().unwrap().images, [image.clone()]);
+    assert_eq!(host.client().status().unwrap().images, std::slice::from_ref(&image));
     host.client().delete_image(&image.sha512).unwrap();
     host.client().delete_image(&image.sha512).unwrap();
     assert!(!host.client().has_image(&image.sha512).unwrap());
@@ -75,7 +75,7 @@ fn another_host_fetches_an_image_and_verifies_it() {
         let both = [scope.spawn(fetch), scope.spawn(fetch)];
         both.into_iter().for_each(|one| one.join().unwrap().unwrap());
     });
-    assert_eq!(target.client().status().unwrap().images, [image.clone()]);
+    assert_eq!(target.client().status().unwrap().images, std::slice::from_ref(&image));
     let disk = target.client().read_image(&image.sha512).unwrap();
     assert!(read(disk.descriptor) == content);
 }
@@ -126,4 +126,30 @@ fn a_host_of_another_authority_or_cluster_gets_nothing() {
         let fetched = stranger.client().fetch_image(&image.sha512, 6, vec![source.peer()]);
         assert_eq!(kind(fetched), ErrorKind::Unreachable);
     }
+}
+
+#[test]
+fn a_full_disk_gives_no_space_and_nothing_half_made() {
+    let mut host = Host::start(&Authority::new(), 1);
+    host.stop();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=4m", "storage"])
+        .arg(host.directory())
+        .output();
+    // Needs privilege: without it nothing can be shown here.
+    if !mounted.is_ok_and(|output| output.status.success()) {
+        return;
+    }
+    host.restart();
+    let refused = host.import(&pattern(8 << 20));
+    let left = (host.entries("images"), host.entries("staging"));
+    let taken = host.import(&pattern(1 << 20));
+    let grown = host.client().create_volume("v", 1 << 30);
+    host.stop();
+    let unmounted = std::process::Command::new("umount").arg(host.directory()).status().unwrap();
+    assert!(unmounted.success());
+    assert_eq!(kind(refused), ErrorKind::NoSpace);
+    assert_eq!(left, (0, 0));
+    taken.unwrap();
+    grown.unwrap();
 }

@@ -517,12 +517,11 @@ mod tests {
             let mut bytes = [0; REQUEST_BYTES];
             bytes[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
             bytes[4..].copy_from_slice(&rest);
-            if let Ok(request) = Request::parse(&bytes) {
-                if let Ok(command) = request.check(size_bytes, read_only) {
-                    if command != Command::Flush {
-                        prop_assert!(request.offset + u64::from(request.length) <= size_bytes);
-                    }
-                }
+            if let Ok(request) = Request::parse(&bytes)
+                && let Ok(command) = request.check(size_bytes, read_only)
+                && command != Command::Flush
+            {
+                prop_assert!(request.offset + u64::from(request.length) <= size_bytes);
             }
         }
 
