@@ -10,7 +10,6 @@
 
 use super::seccomp;
 use crate::config;
-use seccompiler::BpfProgram;
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -28,9 +27,6 @@ pub enum SandboxError {
         #[source]
         source: io::Error,
     },
-    /// The system call filter could not be made or installed.
-    #[error("sandbox: seccomp: {0}")]
-    Seccomp(String),
     /// A cgroup could not be entered.
     #[error("sandbox: enter cgroup {path}: {source}")]
     Cgroup {
@@ -47,7 +43,7 @@ pub enum SandboxError {
 
 /// What was prepared once.
 pub struct Sandbox {
-    filter: BpfProgram,
+    filter: seccomp::Program,
     ruleset: Option<OwnedFd>,
     root: bool,
     namespaces: Result<(), String>,
@@ -57,8 +53,7 @@ pub struct Sandbox {
 impl Sandbox {
     /// Prepares and moves this process into empty namespaces where the host allows it.
     pub fn prepare() -> Result<Sandbox, SandboxError> {
-        let filter =
-            seccomp::compile().map_err(|error| SandboxError::Seccomp(error.to_string()))?;
+        let filter = seccomp::compile();
         let ruleset = landlock_ruleset();
         let root = rustix::process::geteuid().is_root();
         let host_root = open_root().ok();
@@ -126,8 +121,7 @@ impl Sandbox {
                 unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
             check(result).map_err(step("Landlock"))?;
         }
-        seccomp::apply(&self.filter, record, nonce)
-            .map_err(|error| SandboxError::Seccomp(error.to_string()))
+        seccomp::apply(&self.filter, record, nonce).map_err(step("seccomp"))
     }
 }
 
