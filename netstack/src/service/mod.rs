@@ -407,13 +407,13 @@ mod tests {
                     let at = at.index(packet.len());
                     packet[at] = byte;
                 }
-                if repair {
-                    if let Ok(mut ip) = Ipv4Packet::new_checked(&mut packet[..]) {
-                        ip.fill_checksum();
-                        let (source, destination) = (ip.src_addr(), ip.dst_addr());
-                        if let Ok(mut tcp) = TcpPacket::new_checked(ip.payload_mut()) {
-                            tcp.fill_checksum(&source.into(), &destination.into());
-                        }
+                if repair
+                    && let Ok(mut ip) = Ipv4Packet::new_checked(&mut packet[..])
+                {
+                    ip.fill_checksum();
+                    let (source, destination) = (ip.src_addr(), ip.dst_addr());
+                    if let Ok(mut tcp) = TcpPacket::new_checked(ip.payload_mut()) {
+                        tcp.fill_checksum(&source.into(), &destination.into());
                     }
                 }
                 exchange(&mut stack, &packet, n as u64);
