@@ -119,9 +119,9 @@ fn network_entry(id: &str, port: &PortView, subnet: &SubnetView, address: IpAddr
     });
     let (Some(fields), false) = (entry.as_object_mut(), subnet.dhcp) else { return entry };
     let netmask = subnet.cidr.parse::<IpNet>().map(|net| net.netmask().to_string());
-    let default = subnet.gateway.map(|gateway| {
-        json!({"network": "0.0.0.0", "netmask": "0.0.0.0", "gateway": gateway})
-    });
+    let default = subnet
+        .gateway
+        .map(|gateway| json!({"network": "0.0.0.0", "netmask": "0.0.0.0", "gateway": gateway}));
     let further = subnet.host_routes.iter().filter_map(|(destination, hop)| {
         let net = destination.parse::<IpNet>().ok()?;
         Some(json!({"network": net.network(), "netmask": net.netmask(), "gateway": hop}))
@@ -167,4 +167,35 @@ fn ec2(view: &ServerView, switch: &SwitchView) -> BTreeMap<&'static str, String>
         values.insert("public-keys/0/openssh-key", key.clone());
     }
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::HostId;
+    use crate::plan::host_view;
+    use crate::state::fixture::Sample;
+
+    #[test]
+    fn a_guest_is_told_its_name_its_address_and_its_user_data() {
+        let mut sample = Sample::new();
+        let host = sample.running("web-1", None);
+        let view = host_view(&sample.state, HostId(host.0));
+        let documents =
+            documents(&view.servers["web-1"], &view.switch, Some(b"#trine-steps\nprint hi\n"));
+        let json = |path: &str| -> Value {
+            serde_json::from_slice(&documents[path]).expect("the document is JSON")
+        };
+        let meta_data = json("openstack/latest/meta_data.json");
+        assert_eq!(meta_data["uuid"], "web-1");
+        assert_eq!(meta_data["hostname"], "web-1");
+        assert!(meta_data.get("public_keys").is_none(), "without a keypair there is no key");
+        let network_data = json("openstack/latest/network_data.json");
+        assert_eq!(network_data["networks"][0]["type"], "ipv4_dhcp");
+        assert_eq!(network_data["links"][0]["vif_id"], "port-of-web-1");
+        assert_eq!(network_data["links"][0]["mtu"], 1450);
+        assert_eq!(documents["latest/meta-data/local-ipv4"], b"10.0.0.2");
+        assert_eq!(documents["openstack/latest/user_data"], b"#trine-steps\nprint hi\n");
+        assert_eq!(documents["latest/user-data"], documents["openstack/latest/user_data"]);
+    }
 }

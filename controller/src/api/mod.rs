@@ -93,7 +93,12 @@ fn unexpected(outcome: &Outcome) -> ApiError {
 }
 
 fn routes() -> Routes {
-    discovery::routes().and(identity::routes()).and(image::routes()).and(compute::routes()).and(network::routes()).and(volume::routes())
+    discovery::routes()
+        .and(identity::routes())
+        .and(image::routes())
+        .and(compute::routes())
+        .and(network::routes())
+        .and(volume::routes())
 }
 
 /// Every route with its policy row, for documentation and for tests that walk them.

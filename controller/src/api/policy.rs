@@ -32,7 +32,8 @@ macro_rules! actions {
     ($($constant:ident = $name:literal, $rule:ident;)*) => {
         $(pub(crate) const $constant: &Action = &Action { name: $name, rule: Rule::$rule };)*
         /// Every row of the table.
-        pub const TABLE: &[&Action] = &[$($constant),*];
+        #[cfg(test)]
+        pub(super) const TABLE: &[&Action] = &[$($constant),*];
     };
 }
 
@@ -126,6 +127,9 @@ actions! {
     COMPUTE_SERVICE_LIST = "os_compute_api:os-services:list", AdminReader;
     ZONE_LIST = "os_compute_api:os-availability-zone:list", Authenticated;
     ZONE_DETAIL = "os_compute_api:os-availability-zone:detail", AdminReader;
+    QUOTA_GET = "os_compute_api:os-quota-sets:show", Reader;
+    QUOTA_UPDATE = "os_compute_api:os-quota-sets:update", Admin;
+    LIMITS_GET = "os_compute_api:limits", Reader;
     EXTENSION_LIST = "os_compute_api:extensions", Authenticated;
 
     // Block storage.

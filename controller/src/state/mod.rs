@@ -17,6 +17,11 @@ pub mod limits;
 mod outcome;
 mod quota;
 
+#[cfg(test)]
+pub(crate) mod fixture;
+#[cfg(test)]
+mod tests;
+
 use serde::{Deserialize, Serialize};
 
 pub use command::{Command, DecodeError, ENCODING_VERSION, decode_result, encode_result};

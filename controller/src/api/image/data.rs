@@ -20,9 +20,11 @@ use crate::state::image::{Image, ImageCommand, ImageStatus};
 const OCTETS: &str = "application/octet-stream";
 
 pub(super) fn routes() -> Routes {
-    Routes::new(super::PREFIX)
-        .put("/v2/images/{id}/file", policy::IMAGE_UPLOAD, upload)
-        .get("/v2/images/{id}/file", policy::IMAGE_DOWNLOAD, download)
+    Routes::new(super::PREFIX).put("/v2/images/{id}/file", policy::IMAGE_UPLOAD, upload).get(
+        "/v2/images/{id}/file",
+        policy::IMAGE_DOWNLOAD,
+        download,
+    )
 }
 
 async fn upload(

@@ -27,9 +27,8 @@ pub(super) const PROPERTIES_MAX: usize = 128;
 pub(super) const PROPERTY_BYTES_MAX: usize = 65_535;
 
 /// Disk formats that Glance knows; what the bytes are is found out from them, not believed.
-const DISK_FORMATS: &[&str] = &[
-    "ami", "ari", "aki", "vhd", "vhdx", "vmdk", "raw", "qcow2", "vdi", "iso", "ploop",
-];
+const DISK_FORMATS: &[&str] =
+    &["ami", "ari", "aki", "vhd", "vhdx", "vmdk", "raw", "qcow2", "vdi", "iso", "ploop"];
 const CONTAINER_FORMATS: &[&str] =
     &["ami", "ari", "aki", "bare", "ovf", "ova", "docker", "compressed"];
 
@@ -76,10 +75,7 @@ pub(super) fn may_have(ctx: &Context, visibility: Visibility) -> Result<(), ApiE
     }
 }
 
-pub(super) fn check_format(
-    field: &str,
-    known: Option<&String>,
-) -> Result<(), ApiError> {
+pub(super) fn check_format(field: &str, known: Option<&String>) -> Result<(), ApiError> {
     let Some(format) = known else { return Ok(()) };
     let formats = if field == "disk_format" { DISK_FORMATS } else { CONTAINER_FORMATS };
     if formats.contains(&format.as_str()) {
@@ -267,9 +263,28 @@ fn filtered<'a>(ctx: &'a Context, hidden: bool) -> impl Iterator<Item = &'a Imag
 
 /// Query parameters that aren't free properties.
 const FILTERS: &[&str] = &[
-    "id", "name", "status", "owner", "disk_format", "container_format", "tag", "visibility",
-    "os_hidden", "limit", "marker", "sort", "sort_key", "sort_dir", "size_min", "size_max",
-    "protected", "member_status", "created_at", "updated_at", "min_disk", "min_ram",
+    "id",
+    "name",
+    "status",
+    "owner",
+    "disk_format",
+    "container_format",
+    "tag",
+    "visibility",
+    "os_hidden",
+    "limit",
+    "marker",
+    "sort",
+    "sort_key",
+    "sort_dir",
+    "size_min",
+    "size_max",
+    "protected",
+    "member_status",
+    "created_at",
+    "updated_at",
+    "min_disk",
+    "min_ram",
 ];
 
 /// `sort=name:asc,size` or `sort_key` with `sort_dir`; the newest first by default.
@@ -290,8 +305,16 @@ fn sort_keys(query: &Params) -> Result<Vec<(String, bool)>, ApiError> {
             keys.push(("created_at".to_owned(), directions.first() != Some(&"asc")));
         }
     }
-    let known = ["name", "status", "container_format", "disk_format", "size", "id",
-        "created_at", "updated_at"];
+    let known = [
+        "name",
+        "status",
+        "container_format",
+        "disk_format",
+        "size",
+        "id",
+        "created_at",
+        "updated_at",
+    ];
     match keys.iter().find(|(key, _)| !known.contains(&key.as_str())) {
         Some((key, _)) => Err(ApiError::bad_request(format!("Invalid sort key: {key}"))),
         None => Ok(keys),

@@ -27,9 +27,7 @@ fn sees(ctx: &Context, image: &Image) -> bool {
 /// The image, if the caller may see it.
 pub(super) fn find<'a>(ctx: &'a Context, id: &str) -> Result<&'a Image, ApiError> {
     let image = ctx.state.image.images.get(id).map(AsRef::as_ref);
-    image
-        .filter(|image| sees(ctx, image))
-        .ok_or_else(|| ApiError::not_found("image", id))
+    image.filter(|image| sees(ctx, image)).ok_or_else(|| ApiError::not_found("image", id))
 }
 
 /// The image, if the caller may change it.

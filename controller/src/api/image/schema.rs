@@ -9,9 +9,11 @@ use super::super::routes::Routes;
 use super::images::NAME_MAX;
 
 pub(super) fn routes() -> Routes {
-    Routes::new(super::PREFIX)
-        .get("/v2/schemas/image", policy::IMAGE_SCHEMA, image)
-        .get("/v2/schemas/images", policy::IMAGE_SCHEMA, images)
+    Routes::new(super::PREFIX).get("/v2/schemas/image", policy::IMAGE_SCHEMA, image).get(
+        "/v2/schemas/images",
+        policy::IMAGE_SCHEMA,
+        images,
+    )
 }
 
 fn image_schema() -> Value {

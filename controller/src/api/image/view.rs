@@ -7,10 +7,31 @@ use crate::state::image::Image;
 
 /// What every image has; a free property can't have such a name.
 pub(super) const BASE_FIELDS: &[&str] = &[
-    "id", "name", "status", "visibility", "protected", "owner", "tags", "disk_format",
-    "container_format", "min_disk", "min_ram", "size", "virtual_size", "checksum",
-    "os_hash_algo", "os_hash_value", "os_hidden", "created_at", "updated_at", "self", "file",
-    "schema", "locations", "direct_url", "stores",
+    "id",
+    "name",
+    "status",
+    "visibility",
+    "protected",
+    "owner",
+    "tags",
+    "disk_format",
+    "container_format",
+    "min_disk",
+    "min_ram",
+    "size",
+    "virtual_size",
+    "checksum",
+    "os_hash_algo",
+    "os_hash_value",
+    "os_hidden",
+    "created_at",
+    "updated_at",
+    "self",
+    "file",
+    "schema",
+    "locations",
+    "direct_url",
+    "stores",
 ];
 
 pub(super) fn image_view(image: &Image) -> Value {

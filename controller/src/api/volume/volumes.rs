@@ -218,9 +218,12 @@ fn wanted<'a>(ctx: &'a Context, project: &str) -> Result<Vec<&'a Volume>, ApiErr
 /// `metadata={"key": "value"}`, also in the notation of Python that clients send.
 fn has_metadata(ctx: &Context, volume: &Volume) -> bool {
     let Some(text) = ctx.query.get("metadata") else { return true };
-    let wanted = serde_json::from_str(text).or_else(|_| serde_json::from_str(&text.replace('\'', "\"")));
+    let wanted =
+        serde_json::from_str(text).or_else(|_| serde_json::from_str(&text.replace('\'', "\"")));
     let wanted: Option<BTreeMap<String, String>> = wanted.ok();
-    wanted.is_some_and(|wanted| wanted.iter().all(|(key, value)| volume.metadata.get(key) == Some(value)))
+    wanted.is_some_and(|wanted| {
+        wanted.iter().all(|(key, value)| volume.metadata.get(key) == Some(value))
+    })
 }
 
 /// The sorted part of a list that the query asks for.
@@ -237,9 +240,7 @@ fn page(ctx: &Context, mut views: Vec<Value>) -> Result<Value, ApiError> {
 
 async fn list(ctx: Context, Path(project): Path<String>) -> Result<Json, ApiError> {
     let volumes = wanted(&ctx, &project)?;
-    let brief = |volume: &&Volume| {
-        json!({"id": volume.id, "name": volume.name, "links": links(&ctx, volume)})
-    };
+    let brief = |volume: &&Volume| json!({"id": volume.id, "name": volume.name, "links": links(&ctx, volume)});
     Ok(Json::ok(page(&ctx, volumes.iter().map(brief).collect())?))
 }
 
@@ -249,10 +250,7 @@ async fn detail(ctx: Context, Path(project): Path<String>) -> Result<Json, ApiEr
     Ok(Json::ok(page(&ctx, views)?))
 }
 
-async fn show(
-    ctx: Context,
-    Path((project, id)): Path<(String, String)>,
-) -> Result<Json, ApiError> {
+async fn show(ctx: Context, Path((project, id)): Path<(String, String)>) -> Result<Json, ApiError> {
     let volume = owned(&ctx, &project, &id)?;
     Ok(Json::ok(json!({"volume": view(&ctx, volume)})))
 }
