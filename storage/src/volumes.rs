@@ -47,10 +47,20 @@ struct Record {
     holder: Option<Holder>,
 }
 
+/// One volume. What changes it holds `gate` from the first check to the last sync; `state` is
+/// held only to look or to note, so that a volume that is slow to cut off stops nobody else.
 #[derive(Debug)]
 struct Volume {
+    gate: Mutex<()>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
     record: Record,
     session: Option<Session>,
+    /// Deleted: whoever waited for the gate finds nothing behind it.
+    gone: bool,
 }
 
 /// The gate's end of a connection from another host.
@@ -90,7 +100,10 @@ pub(crate) struct OpenExport {
 pub(crate) struct Volumes {
     directory: Arc<Directory>,
     runtime: Handle,
-    volumes: Mutex<BTreeMap<String, Volume>>,
+    volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
+    /// Held while a volume is made or removed, so that each happens once; after a gate, never
+    /// before one.
+    making: Mutex<()>,
 }
 
 /// What the gate's rules say to a claim.
@@ -152,37 +165,42 @@ impl Volumes {
             let path = entry?.path();
             match read_record(&path) {
                 Ok(record) => {
-                    volumes.insert(record.id.clone(), Volume { record, session: None });
+                    volumes.insert(record.id.clone(), Arc::new(Volume::new(record)));
                 }
                 Err(error) => {
                     tracing::error!(path = %path.display(), %error, "volume not served");
                 }
             }
         }
-        Ok(Self { directory, runtime, volumes: Mutex::new(volumes) })
+        Ok(Self { directory, runtime, volumes: Mutex::new(volumes), making: Mutex::new(()) })
     }
 
     /// Every volume, by id.
     pub(crate) fn list(&self) -> Vec<VolumeInfo> {
-        self.lock().values().map(Volume::info).collect()
+        lock(&self.volumes).values().map(|volume| volume.info()).collect()
+    }
+
+    fn get(&self, volume_id: &str) -> Result<Arc<Volume>, Error> {
+        lock(&self.volumes).get(volume_id).cloned().ok_or_else(|| missing(volume_id))
     }
 
     /// Makes an empty volume.
     pub(crate) fn create(&self, volume_id: &str, size_bytes: u64) -> Result<(), Error> {
         check_id("volume", volume_id)?;
         check_size("volume", size_bytes)?;
-        let mut volumes = self.lock();
-        if let Some(volume) = volumes.get(volume_id) {
-            return if volume.record.size_bytes == size_bytes {
+        let _making = lock(&self.making);
+        if let Ok(volume) = self.get(volume_id) {
+            let found_bytes = lock(&volume.state).record.size_bytes;
+            return if found_bytes == size_bytes {
                 Ok(())
             } else {
                 Err(Error::new(
                     ErrorKind::Exists,
-                    format!("volume {volume_id} exists with {} bytes", volume.record.size_bytes),
+                    format!("volume {volume_id} exists with {found_bytes} bytes"),
                 ))
             };
         }
-        if volumes.len() >= VOLUMES_MAX {
+        if lock(&self.volumes).len() >= VOLUMES_MAX {
             return Err(Error::invalid(format!("this host has {VOLUMES_MAX} volumes, its limit")));
         }
         let record = Record {
@@ -194,7 +212,7 @@ impl Volumes {
         };
         self.make(&record)
             .map_err(|error| Error::io(format_args!("make volume {volume_id}"), error))?;
-        volumes.insert(volume_id.to_owned(), Volume { record, session: None });
+        lock(&self.volumes).insert(volume_id.to_owned(), Arc::new(Volume::new(record)));
         Ok(())
     }
 
@@ -216,61 +234,64 @@ impl Volumes {
     /// Removes a volume that nobody holds, or that is held at an older generation.
     pub(crate) fn delete(&self, volume_id: &str, generation: Option<u64>) -> Result<(), Error> {
         check_id("volume", volume_id)?;
-        let mut volumes = self.lock();
-        let Some(volume) = volumes.get_mut(volume_id) else {
+        let Ok(volume) = self.get(volume_id) else {
             return Ok(());
         };
-        let newer = generation.is_some_and(|generation| generation > volume.record.generation);
-        if let (Some(holder), false) = (&volume.record.holder, newer) {
-            return Err(held(volume_id, holder, volume.record.generation));
+        let _gate = lock(&volume.gate);
+        let Ok(record) = volume.record(volume_id) else {
+            return Ok(());
+        };
+        let newer = generation.is_some_and(|generation| generation > record.generation);
+        if let (Some(holder), false) = (&record.holder, newer) {
+            return Err(held(volume_id, holder, record.generation));
         }
-        self.cut_off(volume)?;
+        self.cut_off(&volume, volume_id)?;
+        let _making = lock(&self.making);
         self.directory.remove(&self.path(volume_id))?;
-        volumes.remove(volume_id);
+        lock(&volume.state).gone = true;
+        lock(&self.volumes).remove(volume_id);
         Ok(())
     }
 
     /// Makes a server the holder, durably, and opens the volume for it.
     pub(crate) fn attach(&self, claim: &Attachment) -> Result<(File, u64), Error> {
-        let mut volumes = self.lock();
-        let record = self.claim(&mut volumes, claim, Access::Local)?;
-        let file = self.open_data(&record.id, claim.read_only)?;
-        Ok((file, record.size_bytes))
+        let volume = self.get(&claim.volume_id)?;
+        let _gate = lock(&volume.gate);
+        let size_bytes = self.claim(&volume, claim, Access::Local)?;
+        let file = self.open_data(&claim.volume_id, claim.read_only)?;
+        Ok((file, size_bytes))
     }
 
-    /// Makes a server on another host the holder, durably; its size.
+    /// Makes a server on another host the holder, durably; the volume's size.
     pub(crate) fn export(&self, claim: &Attachment) -> Result<u64, Error> {
-        Ok(self.claim(&mut self.lock(), claim, Access::Export)?.size_bytes)
+        let volume = self.get(&claim.volume_id)?;
+        let _gate = lock(&volume.gate);
+        self.claim(&volume, claim, Access::Export)
     }
 
-    fn claim(
-        &self,
-        volumes: &mut BTreeMap<String, Volume>,
-        claim: &Attachment,
-        access: Access,
-    ) -> Result<Record, Error> {
-        check_id("volume", &claim.volume_id)?;
+    /// With the gate held: the volume's size, where the claim is now the holder's.
+    fn claim(&self, volume: &Volume, claim: &Attachment, access: Access) -> Result<u64, Error> {
+        let id = &claim.volume_id;
         check_id("server", &claim.server_id)?;
-        let volume = volumes.get_mut(&claim.volume_id).ok_or_else(|| missing(&claim.volume_id))?;
-        match (judge(&volume.record, claim, access), &volume.record.holder) {
-            (Verdict::Keep, _) => return Ok(volume.record.clone()),
+        let record = volume.record(id)?;
+        match (judge(&record, claim, access), &record.holder) {
+            (Verdict::Keep, _) => return Ok(record.size_bytes),
             (Verdict::Take, _) => {}
-            (Verdict::InUse, Some(holder)) => {
-                return Err(held(&claim.volume_id, holder, volume.record.generation));
-            }
+            (Verdict::InUse, Some(holder)) => return Err(held(id, holder, record.generation)),
             (Verdict::Stale | Verdict::InUse, _) => {
-                return Err(stale(&claim.volume_id, claim.generation, volume.record.generation));
+                return Err(stale(id, claim.generation, record.generation));
             }
         }
-        self.cut_off(volume)?;
-        self.check_closed(&claim.volume_id)?;
+        self.cut_off(volume, id)?;
+        self.check_closed(id)?;
         let holder =
             Holder { server_id: claim.server_id.clone(), access, read_only: claim.read_only };
-        self.record(
+        let size_bytes = record.size_bytes;
+        self.write(
             volume,
-            Record { generation: claim.generation, holder: Some(holder), ..volume.record.clone() },
+            Record { generation: claim.generation, holder: Some(holder), ..record },
         )?;
-        Ok(volume.record.clone())
+        Ok(size_bytes)
     }
 
     /// Ends an attachment, unless a newer one has taken its place.
@@ -282,49 +303,54 @@ impl Volumes {
     ) -> Result<(), Error> {
         check_id("volume", volume_id)?;
         check_id("server", server_id)?;
-        let mut volumes = self.lock();
-        let Some(volume) = volumes.get_mut(volume_id) else {
+        let Ok(volume) = self.get(volume_id) else {
             return Ok(());
         };
-        let holds =
-            volume.record.holder.as_ref().is_some_and(|holder| holder.server_id == server_id);
-        if !holds || generation < volume.record.generation {
+        let _gate = lock(&volume.gate);
+        let Ok(record) = volume.record(volume_id) else {
+            return Ok(());
+        };
+        let holds = record.holder.as_ref().is_some_and(|holder| holder.server_id == server_id);
+        if !holds || generation < record.generation {
             return Ok(());
         }
-        self.cut_off(volume)?;
-        self.record(volume, Record { generation, holder: None, ..volume.record.clone() })
+        self.cut_off(&volume, volume_id)?;
+        self.write(&volume, Record { generation, holder: None, ..record })
     }
 
     /// What a connection from another host would open: its size and whether it may only read.
     pub(crate) fn look_up(&self, name: &ExportName) -> Result<(u64, bool), Error> {
-        let volumes = self.lock();
-        let volume = volumes.get(&name.volume_id).ok_or_else(|| missing(&name.volume_id))?;
-        let read_only = volume.admit(name)?;
-        Ok((volume.record.size_bytes, read_only))
+        let record = self.get(&name.volume_id)?.record(&name.volume_id)?;
+        Ok((record.size_bytes, admit(&record, name)?))
     }
 
     /// Opens a volume for a connection from another host. An earlier connection of the same
     /// attachment is cut off: its peer may have lost it without our knowing.
     pub(crate) fn connect(&self, name: &ExportName) -> Result<OpenExport, Error> {
-        let mut volumes = self.lock();
-        let volume = volumes.get_mut(&name.volume_id).ok_or_else(|| missing(&name.volume_id))?;
-        let read_only = volume.admit(name)?;
-        self.cut_off(volume)?;
+        let volume = self.get(&name.volume_id)?;
+        let _gate = lock(&volume.gate);
+        let record = volume.record(&name.volume_id)?;
+        let read_only = admit(&record, name)?;
+        self.cut_off(&volume, &name.volume_id)?;
         let file = self.open_data(&name.volume_id, read_only)?;
         let (stop, stopped) = watch::channel(());
         let (ending, ended) = watch::channel(());
-        volume.session = Some(Session { stop, ended });
+        lock(&volume.state).session = Some(Session { stop, ended });
         let guard = SessionGuard { stop: stopped, _ended: ending };
-        Ok(OpenExport { file, size_bytes: volume.record.size_bytes, read_only, guard })
+        Ok(OpenExport { file, size_bytes: record.size_bytes, read_only, guard })
     }
 
-    /// Closes the volume's connection, if any, and waits until it touches the volume no more.
-    fn cut_off(&self, volume: &mut Volume) -> Result<(), Error> {
-        let Some(session) = &mut volume.session else {
+    /// With the gate held: closes the volume's connection, if any, and waits until it touches the
+    /// volume no more.
+    fn cut_off(&self, volume: &Volume, volume_id: &str) -> Result<(), Error> {
+        let Some((stop, mut ended)) = lock(&volume.state)
+            .session
+            .as_ref()
+            .map(|session| (session.stop.clone(), session.ended.clone()))
+        else {
             return Ok(());
         };
-        session.stop.send_replace(());
-        let ended = &mut session.ended;
+        stop.send_replace(());
         // The only message is the end: `changed` fails when the connection drops its half.
         let waited = self
             .runtime
@@ -333,13 +359,12 @@ impl Volumes {
             return Err(Error::new(
                 ErrorKind::Io,
                 format!(
-                    "volume {}: its connection did not end within {} seconds",
-                    volume.record.id,
+                    "volume {volume_id}: its connection did not end within {} seconds",
                     CUT_OFF_MAX.as_secs()
                 ),
             ));
         }
-        volume.session = None;
+        lock(&volume.state).session = None;
         Ok(())
     }
 
@@ -366,13 +391,14 @@ impl Volumes {
         Ok(data)
     }
 
-    fn record(&self, volume: &mut Volume, record: Record) -> Result<(), Error> {
+    /// With the gate held: notes a volume's new state on disk, then in memory.
+    fn write(&self, volume: &Volume, record: Record) -> Result<(), Error> {
         let path = self.path(&record.id).join("volume.json");
         serde_json::to_vec_pretty(&record)
             .map_err(io::Error::from)
             .and_then(|bytes| self.directory.write(&path, &bytes))
             .map_err(|error| Error::io(format_args!("write {}", path.display()), error))?;
-        volume.record = record;
+        lock(&volume.state).record = record;
         Ok(())
     }
 
@@ -383,42 +409,56 @@ impl Volumes {
     fn data(&self, volume_id: &str) -> PathBuf {
         self.path(volume_id).join("data")
     }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Volume>> {
-        self.volumes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Volume {
-    fn info(&self) -> VolumeInfo {
-        VolumeInfo {
-            id: self.record.id.clone(),
-            size_bytes: self.record.size_bytes,
-            generation: self.record.generation,
-            attached: self.record.holder.clone(),
-            connected: self.session.as_ref().is_some_and(|s| s.ended.has_changed().is_ok()),
+    fn new(record: Record) -> Self {
+        Self {
+            gate: Mutex::new(()),
+            state: Mutex::new(State { record, session: None, gone: false }),
         }
     }
 
-    /// Whether a connection may only read; an error where it is not the holder's.
-    fn admit(&self, name: &ExportName) -> Result<bool, Error> {
-        if name.generation < self.record.generation {
-            return Err(stale(&name.volume_id, name.generation, self.record.generation));
-        }
-        match &self.record.holder {
-            Some(holder)
-                if holder.access == Access::Export
-                    && holder.server_id == name.server_id
-                    && name.generation == self.record.generation =>
-            {
-                Ok(holder.read_only)
-            }
-            _ => Err(Error::in_use(format!(
-                "volume {} is not exported to server {} at generation {}",
-                name.volume_id, name.server_id, name.generation
-            ))),
+    fn record(&self, volume_id: &str) -> Result<Record, Error> {
+        let state = lock(&self.state);
+        if state.gone { Err(missing(volume_id)) } else { Ok(state.record.clone()) }
+    }
+
+    fn info(&self) -> VolumeInfo {
+        let state = lock(&self.state);
+        let connected = |session: &Session| session.ended.has_changed().is_ok();
+        VolumeInfo {
+            id: state.record.id.clone(),
+            size_bytes: state.record.size_bytes,
+            generation: state.record.generation,
+            attached: state.record.holder.clone(),
+            connected: state.session.as_ref().is_some_and(connected),
         }
     }
+}
+
+/// Whether a connection may only read; an error where it is not the holder's.
+fn admit(record: &Record, name: &ExportName) -> Result<bool, Error> {
+    if name.generation < record.generation {
+        return Err(stale(&name.volume_id, name.generation, record.generation));
+    }
+    match &record.holder {
+        Some(holder)
+            if holder.access == Access::Export
+                && holder.server_id == name.server_id
+                && name.generation == record.generation =>
+        {
+            Ok(holder.read_only)
+        }
+        _ => Err(Error::in_use(format!(
+            "volume {} is not exported to server {} at generation {}",
+            name.volume_id, name.server_id, name.generation
+        ))),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl SessionGuard {
