@@ -32,7 +32,8 @@ fn main() {
 /// Every source file, but no build output: a directory named `target` would wake us each time.
 fn watch(path: &Path) {
     if path.is_dir() {
-        let entries = fs::read_dir(path).unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()));
+        let entries = fs::read_dir(path)
+            .unwrap_or_else(|error| panic!("cannot read {}: {error}", path.display()));
         for entry in entries.flatten() {
             if entry.file_name() != "target" && entry.file_name() != "tests" {
                 watch(&entry.path());
@@ -45,14 +46,28 @@ fn watch(path: &Path) {
 
 /// `target`, seen from `target/PROFILE/build/node-HASH/out`.
 fn target_directory(out: &Path) -> PathBuf {
-    out.ancestors().nth(4).expect("OUT_DIR lies four levels below the target directory").to_path_buf()
+    out.ancestors()
+        .nth(4)
+        .expect("OUT_DIR lies four levels below the target directory")
+        .to_path_buf()
 }
 
 fn build_vmm(root: &Path, target: &Path) {
-    let flags = |linking: &str| format!("-C target-cpu=x86-64 -C relocation-model=static {linking}");
+    let flags =
+        |linking: &str| format!("-C target-cpu=x86-64 -C relocation-model=static {linking}");
     let build = |flags: String| {
         cargo(root)
-            .args(["build", "--locked", "--profile", "vmm", "--package", "vmm", "--bins", "--target", TARGET])
+            .args([
+                "build",
+                "--locked",
+                "--profile",
+                "vmm",
+                "--package",
+                "vmm",
+                "--bins",
+                "--target",
+                TARGET,
+            ])
             .arg("--target-dir")
             .arg(target)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.replace(' ', "\x1f"))
@@ -102,7 +117,8 @@ fn cargo(directory: &Path) -> Command {
 
 /// Copies only a changed file, so that an unchanged one does not rebuild the product.
 fn embed(from: &Path, to: &Path) {
-    let new = fs::read(from).unwrap_or_else(|error| panic!("cannot read {}: {error}", from.display()));
+    let new =
+        fs::read(from).unwrap_or_else(|error| panic!("cannot read {}: {error}", from.display()));
     if fs::read(to).ok().as_ref() != Some(&new) {
         fs::write(to, new).unwrap_or_else(|error| panic!("cannot write {}: {error}", to.display()));
     }

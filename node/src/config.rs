@@ -152,14 +152,19 @@ impl NodeConfig {
         if let Some((key, _)) = ports.iter().find(|(_, port)| *port == 0) {
             return Some((key, "0".into(), "others must know it: choose one from 1 to 65535"));
         }
-        let same = ports[..3].iter().enumerate().find(|(n, (_, port))| {
-            ports[..*n].iter().any(|(_, earlier)| earlier == port)
-        });
+        let same = ports[..3]
+            .iter()
+            .enumerate()
+            .find(|(n, (_, port))| ports[..*n].iter().any(|(_, earlier)| earlier == port));
         if let Some((_, (key, port))) = same {
             return Some((key, port.to_string(), "api, raft and storage need a port each"));
         }
         if self.public_url.as_ref().is_some_and(|url| !url.starts_with("https://")) {
-            return Some(("public_url", format!("{:?}", self.public_url), "it begins with https://"));
+            return Some((
+                "public_url",
+                format!("{:?}", self.public_url),
+                "it begins with https://",
+            ));
         }
         None
     }
@@ -298,7 +303,11 @@ mod tests {
                 assert!(message.contains(part), "{message:?} lacks {part:?}");
             }
         };
-        check("address = \"127.0.0.11\"", "address = \"0.0.0.0\"", &["node.toml", "address", "wildcard"]);
+        check(
+            "address = \"127.0.0.11\"",
+            "address = \"0.0.0.0\"",
+            &["node.toml", "address", "wildcard"],
+        );
         check("api_port = 8774", "api_port = 0", &["api_port", "1 to 65535"]);
         check("raft_port = 8775", "raft_port = 8774", &["raft_port", "a port each"]);
         check("api_port = 8774", "apiport = 8774", &["apiport"]);

@@ -117,7 +117,12 @@ impl DataDirectory {
         };
         let mut cluster_key = [0; 32];
         hex::decode_to_slice(read("cluster.key")?.trim(), &mut cluster_key).ok().with_context(
-            || format!("{} does not hold 64 hexadecimal digits", self.join("cluster.key").display()),
+            || {
+                format!(
+                    "{} does not hold 64 hexadecimal digits",
+                    self.join("cluster.key").display()
+                )
+            },
         )?;
         Ok(Secrets {
             authority: Authority::from_pem(read("ca.pem")?, read("ca-key.pem")?),

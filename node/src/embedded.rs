@@ -39,7 +39,8 @@ fn install_one(directory: &Path, name: &str, content: &[u8]) -> io::Result<PathB
         return Ok(path);
     }
     let partial = directory.join(format!(".{name}-{hash}.{}", std::process::id()));
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o700).open(&partial)?;
+    let mut file =
+        OpenOptions::new().write(true).create(true).truncate(true).mode(0o700).open(&partial)?;
     file.write_all(content)?;
     file.set_permissions(Permissions::from_mode(0o755))?;
     drop(file);

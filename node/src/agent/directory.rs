@@ -134,7 +134,8 @@ impl GuestDirectory {
             )));
         }
         let process = ProcessRecord::of(status.pid)?.hold();
-        let process = process.ok_or_else(|| io::Error::other("the VMM ended while it was asked"))?;
+        let process =
+            process.ok_or_else(|| io::Error::other("the VMM ended while it was asked"))?;
         Ok(Life::Running(Box::new(status), process))
     }
 

@@ -138,11 +138,7 @@ impl Agent {
         .await
     }
 
-    async fn create_volume(
-        &self,
-        id: &controller::ids::VolumeId,
-        view: &HostView,
-    ) -> Result<()> {
+    async fn create_volume(&self, id: &controller::ids::VolumeId, view: &HostView) -> Result<()> {
         let wanted = view.volumes.get(id).context("the volume left the view")?;
         let (volume_id, size_bytes) = (id.clone(), wanted.size_bytes);
         let made = self.blocking(move |agent| {
@@ -163,11 +159,7 @@ impl Agent {
         }
     }
 
-    async fn delete_volume(
-        &self,
-        id: &controller::ids::VolumeId,
-        view: &HostView,
-    ) -> Result<()> {
+    async fn delete_volume(&self, id: &controller::ids::VolumeId, view: &HostView) -> Result<()> {
         let volume_id = id.clone();
         let generation = view.volumes.get(id).map(|volume| volume.generation);
         self.blocking(move |agent| {

@@ -5,9 +5,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use abi::packet_ring::Region;
 use anyhow::{Context as _, Result, anyhow};
-use controller::plan::view::{HostView, ImageSource, Nic, ServerView};
 use controller::api::SubState;
 use controller::plan::Step;
+use controller::plan::view::{HostView, ImageSource, Nic, ServerView};
 use controller::state::compute::ComputeCommand;
 use storage::control::Peer;
 use tracing::{info, warn};
@@ -15,10 +15,10 @@ use vmm::config::{
     Boot, Console, DiskConfig, DiskSource, NetBackend, NetConfig, Resource, Sandbox, VmConfig,
 };
 
+use super::Agent;
 use super::directory::{GuestDirectory, Record};
 use super::execute::compute;
 use super::world::{Guest, Observation};
-use super::Agent;
 use crate::process::Held;
 
 /// Failed tries after which the server goes to ERROR.
@@ -82,7 +82,8 @@ impl Agent {
         let ((), disks) = tokio::try_join!(networking, mapping)?;
         progress(SubState::Spawning);
         let owned = view.clone();
-        let pidfd = self.blocking(move |agent| agent.spawn(&owned, disks)).await.context("spawning")?;
+        let pidfd =
+            self.blocking(move |agent| agent.spawn(&owned, disks)).await.context("spawning")?;
         self.watch(id.clone(), pidfd);
         Ok(())
     }
@@ -93,7 +94,8 @@ impl Agent {
         view: &ServerView,
         host: &HostView,
     ) -> BTreeMap<String, Vec<u8>> {
-        let opened = view.server.user_data.as_ref().map(|sealed| self.context().sealer.open(sealed));
+        let opened =
+            view.server.user_data.as_ref().map(|sealed| self.context().sealer.open(sealed));
         let user_data = match opened.transpose() {
             Ok(user_data) => user_data,
             Err(error) => {
@@ -104,7 +106,11 @@ impl Agent {
         controller::instance_data::documents(view, &host.switch, user_data.as_deref())
     }
 
-    fn make_disks(&self, view: &ServerView, documents: &BTreeMap<String, Vec<u8>>) -> Result<Disks> {
+    fn make_disks(
+        &self,
+        view: &ServerView,
+        documents: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<Disks> {
         let id = view.server.id.as_str();
         let mut storage = self.storage()?;
         if let Some(image) = &view.image {
@@ -158,10 +164,7 @@ impl Agent {
             nonce: record.nonce.clone(),
             vcpus: u8::try_from(view.server.flavor.vcpus).context("too many vCPUs")?,
             memory_mib: u32::try_from(view.server.flavor.ram_mib).context("too much memory")?,
-            boot: Boot {
-                kernel: resources.add(disks.kernel),
-                cmdline: String::new(),
-            },
+            boot: Boot { kernel: resources.add(disks.kernel), cmdline: String::new() },
             console: Some(Console {
                 file: resources.add(prepared.console.into()),
                 capacity_bytes: super::CONSOLE_BYTES_MAX as u64,

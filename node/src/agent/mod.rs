@@ -185,8 +185,8 @@ impl Agent {
         let agent = self.clone();
         let looked = tokio::task::spawn_blocking(move || {
             let context = agent.context();
-            let storage = storage::Client::connect(&context.storage)
-                .and_then(|mut client| client.status());
+            let storage =
+                storage::Client::connect(&context.storage).and_then(|mut client| client.status());
             let switch = netstack::client::Client::connect(&context.switch)
                 .and_then(|mut client| client.status());
             agent.with_world(|world| {

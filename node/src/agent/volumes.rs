@@ -99,8 +99,7 @@ impl Agent {
                 (disk, DiskSource::Raw(Resource::Descriptor(0)))
             }
             Some(home) => {
-                let home =
-                    Peer { address: home.address, server_name: home.server_name.clone() };
+                let home = Peer { address: home.address, server_name: home.server_name.clone() };
                 let disk = storage.connect_volume(attachment, wanted.size_bytes, home)?;
                 let socket = Resource::Descriptor(0);
                 let source = DiskSource::Nbd { socket, size_bytes: disk.size_bytes };
@@ -108,8 +107,7 @@ impl Agent {
             }
         };
         let serial = wanted.volume.as_str().chars().take(SERIAL_CHARACTERS).collect();
-        let config =
-            DiskConfig { id: disk_id(&wanted.volume), source, read_only: false, serial };
+        let config = DiskConfig { id: disk_id(&wanted.volume), source, read_only: false, serial };
         match self.vmm(server)?.add_disk(config, &[disk.descriptor.as_fd()]) {
             // An earlier try went through and its answer was lost.
             Err(ControlError::Refused { kind, .. }) if kind == "exists" => {}

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use controller::api::SubState;
 use controller::ids::{PortId, ServerId, VolumeId};
+use controller::plan::Step;
 use controller::plan::observed::{self, GuestState, Observed};
 use controller::plan::view::{HostView, SwitchView};
-use controller::plan::Step;
 use tracing::warn;
 
 use super::directory::{GuestDirectory, Life, Record};

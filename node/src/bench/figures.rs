@@ -122,7 +122,10 @@ mod tests {
     #[test]
     fn percentiles_are_nearest_rank() {
         let series = Series::new("s", "ms", (1..=100).rev().map(f64::from).collect()).unwrap();
-        assert_eq!((series.min, series.p50, series.p90, series.p99, series.max), (1., 50., 90., 99., 100.));
+        assert_eq!(
+            (series.min, series.p50, series.p90, series.p99, series.max),
+            (1., 50., 90., 99., 100.)
+        );
         let single = Series::new("s", "ms", vec![7.0]).unwrap();
         assert_eq!((single.p50, single.p99), (7.0, 7.0));
         assert!(Series::new("s", "ms", vec![]).is_none());

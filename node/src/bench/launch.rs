@@ -183,7 +183,8 @@ impl Bench {
             exit_record: Some(Resource::Descriptor(1)),
             sandbox: Default::default(),
         };
-        let ring = if devices { Some(self.add_devices(&mut config, &mut descriptors)?) } else { None };
+        let ring =
+            if devices { Some(self.add_devices(&mut config, &mut descriptors)?) } else { None };
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         let guest = self.spawner.spawn(&config, &borrowed)?;
         wait_for_end(&guest.pidfd)?;
@@ -192,7 +193,12 @@ impl Bench {
         exit.rewind()?;
         exit.read_to_string(&mut record)?;
         let record: ExitRecord = serde_json::from_str(&record).context("the exit record")?;
-        ensure!(record.code == Some(0), "the guest ended with {}: {}", record.reason, record.message);
+        ensure!(
+            record.code == Some(0),
+            "the guest ended with {}: {}",
+            record.reason,
+            record.message
+        );
         milliseconds(record.timings.spawn_ns, record.timings.main_ns)
     }
 

@@ -39,8 +39,8 @@ pub(crate) struct HostArgs {
 impl HostArgs {
     /// The name given, else the machine's.
     pub(crate) fn name(&self) -> String {
-        self.name.clone().unwrap_or_else(|| {
-            rustix::system::uname().nodename().to_string_lossy().into_owned()
-        })
+        self.name
+            .clone()
+            .unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned())
     }
 }

@@ -17,7 +17,6 @@ pub use error::ApiError;
 
 /// Newest compute microversion whose shapes this client knows.
 const COMPUTE_MICROVERSION: &str = "2.64";
-const VOLUME_MICROVERSION: &str = "3.50";
 
 /// How to sign in: what `trine init` leaves in `credentials.json`.
 #[derive(Clone, Serialize, Deserialize)]
@@ -37,8 +36,8 @@ pub struct Credentials {
 impl Credentials {
     /// Reads `credentials.json`.
     pub fn read(path: &Path) -> Result<Credentials> {
-        let text =
-            fs::read(path).with_context(|| format!("cannot read credentials {}", path.display()))?;
+        let text = fs::read(path)
+            .with_context(|| format!("cannot read credentials {}", path.display()))?;
         serde_json::from_slice(&text).with_context(|| format!("{} is malformed", path.display()))
     }
 }
@@ -121,9 +120,6 @@ impl Client {
             Service::Compute => {
                 request.header("openstack-api-version", format!("compute {COMPUTE_MICROVERSION}"))
             }
-            Service::Volume => {
-                request.header("openstack-api-version", format!("volume {VOLUME_MICROVERSION}"))
-            }
             _ => request,
         }
     }
@@ -193,9 +189,9 @@ fn http_client(cacert: &Path) -> Result<reqwest::Client> {
 }
 
 fn base_url(auth_url: &str) -> Result<String> {
-    let base = auth_url.strip_suffix("/identity/v3").with_context(|| {
-        format!("auth_url {auth_url:?} must end in /identity/v3")
-    })?;
+    let base = auth_url
+        .strip_suffix("/identity/v3")
+        .with_context(|| format!("auth_url {auth_url:?} must end in /identity/v3"))?;
     Ok(base.to_string())
 }
 
@@ -229,5 +225,7 @@ pub fn is_not_found(error: &anyhow::Error) -> bool {
 /// The string at a JSON pointer of an answer.
 pub fn text(answer: &Value, pointer: &str) -> Result<String> {
     let value = answer.pointer(pointer).and_then(Value::as_str);
-    Ok(value.with_context(|| format!("the answer has no string at {pointer}: {answer}"))?.to_string())
+    Ok(value
+        .with_context(|| format!("the answer has no string at {pointer}: {answer}"))?
+        .to_string())
 }

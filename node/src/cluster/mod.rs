@@ -94,7 +94,20 @@ impl Cluster {
     pub async fn make_first(&mut self, addresses: Addresses) -> Result<()> {
         let pool = addresses.floating_pool();
         let first = &mut self.members[0];
-        first.trine(&["init", "--address", &first.address, "--name", &first.name, "--floating-pool", &pool], None).await?;
+        first
+            .trine(
+                &[
+                    "init",
+                    "--address",
+                    &first.address,
+                    "--name",
+                    &first.name,
+                    "--floating-pool",
+                    &pool,
+                ],
+                None,
+            )
+            .await?;
         first.start().await
     }
 

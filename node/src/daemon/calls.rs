@@ -133,9 +133,8 @@ async fn answer(node: &Arc<Node>, peer: raft::NodeId, call: PeerCall) -> Result<
             Ok(PeerAnswer::SubState(sub_state.map(|state| state.as_str().to_owned())))
         }
         PeerCall::FetchImage { sha512, size_bytes, from } => {
-            let fetch = move |mut client: storage::Client| {
-                client.fetch_image(&sha512, size_bytes, from)
-            };
+            let fetch =
+                move |mut client: storage::Client| client.fetch_image(&sha512, size_bytes, from);
             node.storage(fetch).await?;
             Ok(PeerAnswer::Done)
         }
@@ -171,8 +170,8 @@ impl Node {
     /// The end of the console of a guest on this host.
     pub(super) async fn console(&self, server: ServerId) -> Result<String> {
         let agent = self.agent()?.clone();
-        let bytes =
-            tokio::task::spawn_blocking(move || agent.console(&server, CONSOLE_BYTES_MAX)).await??;
+        let bytes = tokio::task::spawn_blocking(move || agent.console(&server, CONSOLE_BYTES_MAX))
+            .await??;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 

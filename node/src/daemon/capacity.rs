@@ -22,9 +22,8 @@ impl Capacity {
         let given = |value: u64| (value != 0).then_some(value);
         Capacity {
             vcpus: if config.vcpus != 0 { config.vcpus } else { logical_cpus() },
-            ram_mib: given(config.ram_mib).unwrap_or_else(|| {
-                memory_mib().saturating_sub(config.reserved_ram_mib).max(128)
-            }),
+            ram_mib: given(config.ram_mib)
+                .unwrap_or_else(|| memory_mib().saturating_sub(config.reserved_ram_mib).max(128)),
             disk_gib: given(config.disk_gib).unwrap_or_else(|| disk_gib(data_directory)),
         }
     }

@@ -99,8 +99,8 @@ async fn forget(node: &Node, sha512: String) {
 /// An image's content, fetched from another host first where this one lacks it.
 pub(super) async fn download(node: &Node, image: &Image) -> Result<BodyStream, CloudError> {
     let content = image.content.clone();
-    let content =
-        content.ok_or_else(|| CloudError::NotFound(format!("image {} has no content", image.id)))?;
+    let content = content
+        .ok_or_else(|| CloudError::NotFound(format!("image {} has no content", image.id)))?;
     let sources = {
         let raft = node.raft().map_err(|error| CloudError::Unavailable(error.to_string()))?;
         sources(&raft.view(), image, node.host())

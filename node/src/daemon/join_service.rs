@@ -52,10 +52,7 @@ impl IntoResponse for Refused {
     }
 }
 
-async fn join(
-    State(node): State<Arc<Node>>,
-    body: Bytes,
-) -> Result<Json<JoinAnswer>, Refused> {
+async fn join(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<JoinAnswer>, Refused> {
     let request: JoinRequest = serde_json::from_slice(&body)
         .map_err(|error| Refused(StatusCode::BAD_REQUEST, format!("no join request: {error}")))?;
     check(&node, &request)?;
@@ -63,7 +60,13 @@ async fn join(
     let certificate = sign(&node, &request, id)?;
     tracing::info!(host = id, name = request.name, "a host has joined");
     let secrets = &node.secrets;
-    Ok(Json(JoinAnswer::new(id, certificate, &secrets.authority, secrets.cluster_key, peers(&node))))
+    Ok(Json(JoinAnswer::new(
+        id,
+        certificate,
+        &secrets.authority,
+        secrets.cluster_key,
+        peers(&node),
+    )))
 }
 
 /// Whatever would fail after the token is used up must fail before.

@@ -96,11 +96,7 @@ pub(super) fn serve(node: Arc<Node>) -> Result<()> {
     Ok(())
 }
 
-fn converse(
-    node: &Arc<Node>,
-    runtime: &tokio::runtime::Handle,
-    stream: &UnixStream,
-) -> Result<()> {
+fn converse(node: &Arc<Node>, runtime: &tokio::runtime::Handle, stream: &UnixStream) -> Result<()> {
     stream.set_read_timeout(Some(ANSWER_WITHIN))?;
     while let Some((request, _)) = abi::control::receive(stream)? {
         let answer = match serde_json::from_slice(&request) {

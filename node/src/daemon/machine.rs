@@ -13,9 +13,7 @@ impl raft::StateMachine for Machine {
 
     fn apply(&mut self, entry: &raft::Entry) -> Vec<u8> {
         let result = match Command::decode(&entry.command) {
-            Ok(command) => {
-                self.state.apply(entry.index, entry.time_ms, entry.command_id, &command)
-            }
+            Ok(command) => self.state.apply(entry.index, entry.time_ms, entry.command_id, &command),
             // The same on every node that runs this version; a newer node's command can't be here
             // before all nodes know it.
             Err(error) => Err(Rejection::new(

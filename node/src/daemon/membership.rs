@@ -1,11 +1,11 @@
 //! Taking part in the cluster: the first node makes it, later ones ask to be added as voters
 //! until they are, and each start says where this host is reached and what it has.
 
+use super::Node;
 use super::bootstrap::{FirstStart, addresses};
 use super::calls::{PeerAnswer, PeerCall};
 use super::capacity::Capacity;
 use super::start::{first_command, raft_tls};
-use super::Node;
 use crate::joining::{PEERS_FILE_NAME, Peer};
 use anyhow::{Context, Result, bail};
 use controller::state::cluster::ClusterCommand;
@@ -95,7 +95,9 @@ async fn ask_to_be_added(node: &Node) -> Result<()> {
         match answer.and_then(|answer| PeerAnswer::decode(&answer)) {
             Ok(PeerAnswer::Done) => return Ok(()),
             Ok(other) => last = Some(anyhow::anyhow!("node {} answered {other:?}", peer.id)),
-            Err(error) => last = Some(error.context(format!("node {} at {}", peer.id, peer.address))),
+            Err(error) => {
+                last = Some(error.context(format!("node {} at {}", peer.id, peer.address)))
+            }
         }
     }
     Err(last.unwrap_or_else(|| anyhow::anyhow!("{} names no node", path.display())))

@@ -73,10 +73,12 @@ pub(super) async fn start(
     local::serve(Arc::clone(&node))?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let api = tokio::spawn(https::serve(listener, tls(&node)?, router(&node)?, stopping.clone()));
-    tokio::spawn(heartbeat::beat(Arc::clone(&node)));
+    tokio::spawn(heartbeat::run(Arc::clone(&node)));
     let failures = node.raft()?.failure();
 
     membership::take_part(&node).await?;
+    // Who is told that we are ready may at once ask for a guest.
+    heartbeat::beat_once(&node).await;
     println!("trine node ready: node {} at {}", node.config.node_id, node.config.base_url());
     tracing::info!(node_id = node.config.node_id, url = node.config.base_url(), "ready");
     Ok(Running { node, api, failures })
@@ -144,12 +146,7 @@ fn storage_process(
     Ok(Supervised::new(directory, "storage", toml::to_string(&file)?, control, ask, check))
 }
 
-fn keep(
-    node: &Arc<Node>,
-    process: &Arc<Supervised>,
-    held: Held,
-    stopping: &watch::Receiver<bool>,
-) {
+fn keep(node: &Arc<Node>, process: &Arc<Supervised>, held: Held, stopping: &watch::Receiver<bool>) {
     let node = Arc::clone(node);
     let restarted = move || {
         if let Ok(agent) = node.agent() {

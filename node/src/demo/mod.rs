@@ -16,7 +16,9 @@ use scenario::Scenario;
 
 /// What `trine demo` takes.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  trine demo\n  trine demo --keep\n  trine demo --json | tail -n 1")]
+#[command(
+    after_help = "Examples:\n  trine demo\n  trine demo --keep\n  trine demo --json | tail -n 1"
+)]
 pub struct Args {
     /// Leaves the cloud running at the end and prints how to use it.
     #[arg(long)]

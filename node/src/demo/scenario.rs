@@ -190,8 +190,7 @@ impl<'a> Scenario<'a> {
             directory: self.cluster.directory().to_path_buf(),
         };
         let options = LaunchOptions { count: launches, concurrency: 1 };
-        let figures =
-            self.report.step("launch benchmark", bench::launch(&options, &cloud)).await?;
+        let figures = self.report.step("launch benchmark", bench::launch(&options, &cloud)).await?;
         self.report.set_launch(figures);
         Ok(())
     }

@@ -41,7 +41,6 @@ pub(super) struct Made {
     pub(super) forward_address: String,
 }
 
-
 pub(super) async fn create_keypair(client: &Client) -> Result<String> {
     let body = json!({"keypair": {"name": "demo-key", "public_key": PUBLIC_KEY}});
     text(&client.post(Compute, "os-keypairs", &body).await?, "/keypair/fingerprint")
@@ -130,17 +129,16 @@ pub(super) async fn different_hosts(client: &Client, servers: &[String; 2]) -> R
 
 /// Waits for a line of the console log that begins with `start`.
 pub(super) async fn console_line(client: &Client, server: &str, start: &str) -> Result<String> {
-    poll_console(client, server, |line| {
-        line.strip_prefix(start).map(|_| Ok(line.to_string()))
-    })
-    .await
-    .with_context(|| format!("no console line begins with {start:?}"))
+    poll_console(client, server, |line| line.strip_prefix(start).map(|_| Ok(line.to_string())))
+        .await
+        .with_context(|| format!("no console line begins with {start:?}"))
 }
 
 /// Waits until the guest's step `name` has ended well.
 pub(super) async fn step_line(client: &Client, server: &str, name: &str) -> Result<String> {
     poll_console(client, server, |line| {
-        let (step, outcome) = line.strip_prefix("trine: step ")?.split_once(' ')?.1.split_once(' ')?;
+        let (step, outcome) =
+            line.strip_prefix("trine: step ")?.split_once(' ')?.1.split_once(' ')?;
         if step != name {
             return None;
         }
@@ -286,7 +284,11 @@ pub(super) async fn writes_go_on(others: &[Client]) -> Result<String> {
         })
         .await?;
     }
-    Ok(format!("accepted on {} nodes {:.2} s after the kill", others.len(), start.elapsed().as_secs_f64()))
+    Ok(format!(
+        "accepted on {} nodes {:.2} s after the kill",
+        others.len(),
+        start.elapsed().as_secs_f64()
+    ))
 }
 
 /// Everything that was acknowledged, the last write included, is there on each node.
@@ -329,9 +331,9 @@ pub(super) async fn guests_found(
         poll("the node to find its guest", || async {
             let status = member.status().await?;
             let guests = status["guests"].as_array().cloned().unwrap_or_default();
-            let found = guests.iter().any(|guest| {
-                guest["id"] == server.as_str() && guest["state"] == "running"
-            });
+            let found = guests
+                .iter()
+                .any(|guest| guest["id"] == server.as_str() && guest["state"] == "running");
             Ok(found.then_some(()))
         })
         .await

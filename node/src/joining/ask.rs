@@ -39,10 +39,7 @@ pub(crate) async fn ask(token: &JoinToken, request: &JoinRequest) -> Result<Join
     }
 }
 
-async fn exchange(
-    token: &JoinToken,
-    request: &JoinRequest,
-) -> Result<(http::StatusCode, Bytes)> {
+async fn exchange(token: &JoinToken, request: &JoinRequest) -> Result<(http::StatusCode, Bytes)> {
     let tls = rustls::ClientConfig::builder()
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Pinned { fingerprint: token.fingerprint()? }))
@@ -146,10 +143,8 @@ mod tests {
                 let mut request = [0; 4096];
                 let _ = stream.read(&mut request).await;
                 let body = br#"{"error":{"message":"the token was used"}}"#;
-                let head = format!(
-                    "HTTP/1.1 409 Conflict\r\ncontent-length: {}\r\n\r\n",
-                    body.len()
-                );
+                let head =
+                    format!("HTTP/1.1 409 Conflict\r\ncontent-length: {}\r\n\r\n", body.len());
                 let _ = stream.write_all(&[head.as_bytes(), body].concat()).await;
                 let _ = stream.shutdown().await;
             }
