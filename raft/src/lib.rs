@@ -49,7 +49,7 @@ pub use wal::WalError;
 pub type NodeId = u64;
 
 /// The largest command the log takes.
-pub const COMMAND_BYTES_MAX: usize = 4 << 20;
+pub const COMMAND_BYTES_MAX: usize = 1 << 20;
 
 /// The largest request or answer of [`Raft::call`].
 pub const CALL_BYTES_MAX: usize = 60 << 20;

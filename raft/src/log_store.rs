@@ -25,6 +25,9 @@ use crate::{
 /// Entries of one append request to a follower hold about this much at most.
 const REPLICATION_BYTES_TARGET: usize = 4 << 20;
 
+/// Entries in memory beyond this size ask for a snapshot before `snapshot_every` does.
+pub(crate) const LOG_BYTES_TARGET: usize = 256 << 20;
+
 /// The log of one node.
 #[derive(Clone)]
 pub(crate) struct LogStore {
@@ -38,6 +41,7 @@ struct Memory {
     committed: Option<LogId>,
     purged: Option<LogId>,
     entries: BTreeMap<u64, LogEntry>,
+    size_bytes: usize,
 }
 
 impl LogStore {
@@ -46,9 +50,15 @@ impl LogStore {
             vote: recovered.vote,
             committed: recovered.committed,
             purged: recovered.purged,
+            size_bytes: recovered.entries.values().map(size_of_entry).sum(),
             entries: recovered.entries,
         };
         Self { memory: Arc::new(RwLock::new(memory)), wal }
+    }
+
+    /// How much memory the entries take.
+    pub(crate) fn size_bytes(&self) -> usize {
+        self.read().size_bytes
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Memory> {
@@ -68,6 +78,13 @@ impl LogStore {
             })),
         );
         receiver.await.unwrap_or_else(|_| Err(io::Error::other("the log's writer is gone")))
+    }
+}
+
+impl Memory {
+    fn forget(&mut self, removed: &BTreeMap<u64, LogEntry>) {
+        let removed_bytes = removed.values().map(size_of_entry).sum();
+        self.size_bytes = self.size_bytes.saturating_sub(removed_bytes);
     }
 }
 
@@ -147,6 +164,7 @@ impl RaftLogStorage<Types> for LogStore {
         {
             let mut memory = self.write();
             for entry in &entries {
+                memory.size_bytes += size_of_entry(entry);
                 memory.entries.insert(entry.log_id.index, entry.clone());
             }
         }
@@ -159,14 +177,18 @@ impl RaftLogStorage<Types> for LogStore {
         // Ordered before every later append, so nobody has to wait for it.
         self.wal.submit(&[Record::Truncate(last_log_id)], None);
         let keep_below = last_log_id.map_or(0, |id| id.index.saturating_add(1));
-        self.write().entries.split_off(&keep_below);
+        let mut memory = self.write();
+        let removed = memory.entries.split_off(&keep_below);
+        memory.forget(&removed);
         Ok(())
     }
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), io::Error> {
         self.wal.submit(&[Record::Purge(log_id)], None);
         let mut memory = self.write();
-        memory.entries = memory.entries.split_off(&log_id.index.saturating_add(1));
+        let kept = memory.entries.split_off(&log_id.index.saturating_add(1));
+        let removed = std::mem::replace(&mut memory.entries, kept);
+        memory.forget(&removed);
         memory.purged = memory.purged.max(Some(log_id));
         Ok(())
     }

@@ -24,7 +24,7 @@ use crate::{
     CALL_BYTES_MAX, CallError, Calls, Config, Member, MemberStatus, NodeId, Prepare, ProposeError,
     Proposed, SnapshotError, StateMachine, Status, TlsError, Unavailable, WalError,
     codec::Encoder,
-    log_store::LogStore,
+    log_store::{LOG_BYTES_TARGET, LogStore},
     proposals::{Attempt, LeaderError, PROPOSALS_MAX},
     reads::{self, Rounds},
     requests::Incoming,
@@ -179,9 +179,10 @@ impl<S: StateMachine> Raft<S> {
             me: config.node_id,
             peers: peers.clone(),
             streams: Arc::new(AtomicU64::new(1)),
+            acknowledged: Arc::default(),
         };
         let log = LogStore::new(wal.clone(), recovered);
-        let raft = OpenRaft::new(config.node_id, settings, network, log, machine)
+        let raft = OpenRaft::new(config.node_id, settings, network, log.clone(), machine)
             .await
             .map_err(|fatal| StartError::Restore(fatal.to_string()))?;
         let core = Arc::new(Core {
@@ -206,6 +207,7 @@ impl<S: StateMachine> Raft<S> {
             server::serve(listener, tls, core.config.node_id, core.clone(), core.stop.subscribe());
         *lock(&core.server) = Some(tokio::spawn(serving));
         tokio::spawn(watch_failure(core.clone()));
+        tokio::spawn(watch_size(core.clone(), log));
         Ok(Self { core })
     }
 
@@ -243,7 +245,7 @@ impl<S: StateMachine> Raft<S> {
                     body.u64(id);
                     body.member_node(&node);
                     let kind = Kind::AddVoter;
-                    match core.ask(leader, Lane::Consensus, kind, body.0, deadline).await {
+                    match core.ask(leader, Lane::Forward, kind, body.0, deadline).await {
                         Err(error) => Attempt::from_transport(&error),
                         Ok(bytes) => Attempt::decode(&bytes, |body| body.u64())
                             .unwrap_or_else(|error| Attempt::Retry(error.to_string())),
@@ -426,6 +428,34 @@ async fn watch_failure<S: StateMachine>(core: Arc<Core<S>>) {
         tokio::select! {
             changed = metrics.changed() => if changed.is_err() { return },
             () = server::stopped(&mut stop) => return,
+        }
+    }
+}
+
+/// Asks for a snapshot, and drops what it covers, when a few large entries fill the memory long
+/// before many small ones would.
+async fn watch_size<S: StateMachine>(core: Arc<Core<S>>, log: LogStore) {
+    let mut applied = core.published.applied();
+    let mut stop = core.stop.subscribe();
+    let mut asked_at: Option<u64> = None;
+    loop {
+        tokio::select! {
+            changed = applied.changed() => if changed.is_err() { return },
+            () = server::stopped(&mut stop) => return,
+        }
+        if log.size_bytes() < LOG_BYTES_TARGET {
+            asked_at = None;
+            continue;
+        }
+        let Some(asked) = asked_at else {
+            asked_at = Some(*applied.borrow());
+            let _ = core.raft.trigger().snapshot().await;
+            continue;
+        };
+        let covered = core.raft.metrics().borrow_watched().snapshot.map(|id| id.index);
+        if let Some(covered) = covered.filter(|covered| *covered >= asked) {
+            asked_at = None;
+            let _ = core.raft.trigger().purge_log(covered).await;
         }
     }
 }

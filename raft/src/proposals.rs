@@ -252,7 +252,7 @@ impl<S: StateMachine> Core<S> {
         let mut body = Encoder::default();
         body.raw(&command_id);
         body.raw(&command);
-        let answer = self.ask(leader, Lane::Consensus, Kind::Propose, body.0, deadline).await;
+        let answer = self.ask(leader, Lane::Forward, Kind::Propose, body.0, deadline).await;
         match answer {
             Err(error) => Attempt::from_transport(&error),
             Ok(bytes) => Attempt::decode(&bytes, |body| {

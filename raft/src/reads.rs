@@ -126,7 +126,7 @@ async fn ask_leader<S: StateMachine>(
     if leader == me {
         return Attempt::Retry("this node has just become the leader".to_owned());
     }
-    let link = peers.link(leader, address, Lane::Consensus);
+    let link = peers.link(leader, address, Lane::Forward);
     match link.request(Kind::ReadIndex, Vec::new(), ROUND_TIMEOUT).await {
         Ok(bytes) => Attempt::decode(&bytes, |body| body.u64())
             .unwrap_or_else(|error| Attempt::Retry(error.to_string())),

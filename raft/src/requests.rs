@@ -91,6 +91,11 @@ impl<S: StateMachine> Core<S> {
         let request = decoder.vote_request().map_err(text)?;
         decoder.end().map_err(text)?;
         check_sender(peer, &request.vote)?;
+        // A node gets its log before its vote. One without a log may have lost it, and with it the
+        // memory of what it voted for and acknowledged.
+        if self.raft.metrics().borrow_watched().last_log_index.is_none() {
+            return Err(format!("node {} has no log and so no vote", self.config.node_id));
+        }
         let response = match kind {
             Kind::PreVote => self.raft.pre_vote(request).await,
             _ => self.raft.vote(request).await,

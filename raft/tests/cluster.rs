@@ -4,7 +4,9 @@ mod support;
 
 use std::{sync::Arc, time::Duration};
 
-use raft::{CallError, Client, Config, Prepare, Raft, StartError, Unprepared, WalError};
+use raft::{
+    CallError, Client, Config, Prepare, ProposeError, Raft, StartError, Unprepared, WalError,
+};
 use support::{Authority, CLUSTER, Cluster, Echo, PATIENCE, Store, id, put};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -256,6 +258,49 @@ async fn one_node_is_a_cluster_and_keeps_its_state_over_a_restart() {
     node.bootstrap(cluster.member(1)).await.expect("no effect on a cluster");
     let view = node.read().await.expect("read");
     assert_eq!(view.values["key-1"], "kept");
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_lost_its_disk_does_not_stop_the_others() {
+    let mut cluster = Cluster::start().await;
+    let leader = cluster.leader().await;
+    let wiped = cluster.follower().await;
+    put(&cluster.node(leader), 1, "before").await;
+    cluster.stop(wiped).await;
+    std::fs::remove_dir_all(&cluster.configs[&wiped].directory).expect("wipe");
+    cluster.restart(wiped).await;
+    for number in 2..10 {
+        put(&cluster.node(leader), number, "after").await;
+    }
+    let status = cluster.node(leader).status();
+    assert_eq!((status.leader, status.failure), (Some(leader), None));
+    cluster.stop_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_disk_fails_says_so_and_refuses_everything() {
+    let mut cluster = alone();
+    let config = cluster.config(1);
+    cluster.launch(config).await;
+    let node = cluster.node(1);
+    node.bootstrap(cluster.member(1)).await.expect("bootstrap");
+    put(&node, 1, "fine").await;
+    // The next log segment can't be made any more.
+    std::fs::remove_dir_all(&cluster.configs[&1].directory).expect("remove");
+    let mut outcome = Ok(());
+    for number in 2..40 {
+        let command = vec![b'x'; 900_000];
+        outcome = node.propose(id(number), command).await.map(drop);
+        if outcome.is_err() {
+            break;
+        }
+    }
+    assert!(matches!(outcome, Err(ProposeError::Stopped(_))), "{outcome:?}");
+    let reason = node.failure().borrow().clone().expect("a reason");
+    assert!(reason.contains("can't write the log"), "{reason}");
+    assert_eq!(node.status().failure, Some(reason));
+    node.read().await.expect_err("no reads from a node that failed");
     cluster.stop_all().await;
 }
 

@@ -37,10 +37,14 @@ const BACKOFF_MAX: Duration = Duration::from_secs(1);
 const IN_FLIGHT_MAX: usize = 1_024;
 const READ_BUFFER_BYTES: usize = 64 << 10;
 
-/// Which of a peer's two connections.
+/// Which of a peer's connections: what waits on one never delays the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Lane {
+    /// Votes, appends and heartbeats.
     Consensus,
+    /// Proposals and reads on their way to the leader.
+    Forward,
+    /// Snapshots and calls.
     Bulk,
 }
 
@@ -79,7 +83,7 @@ impl Peers {
 
     /// A peer that just connected to us can be reached again at once.
     pub(crate) fn forget_backoff(&self, peer: NodeId) {
-        for lane in [Lane::Consensus, Lane::Bulk] {
+        for lane in [Lane::Consensus, Lane::Forward, Lane::Bulk] {
             if let Some(link) = lock(&self.links).get(&(peer, lane)) {
                 *lock(&link.retry_at) = None;
             }

@@ -1,13 +1,13 @@
-//! The transport between nodes: mutual TLS, one framed and multiplexed protocol, two long-lived
-//! connections from each node to each peer.
+//! The transport between nodes: mutual TLS, one framed and multiplexed protocol, three
+//! long-lived connections from each node to each peer.
 //!
 //! ```text
 //! connect ─► TLS 1.3, both sides prove a name of the cluster's authority
 //!         ─► hello (protocol version, cluster id, node id; must match the certificate's name)
 //!         ─► frames in both directions: requests from the connector, replies from the acceptor
 //! ```
-//! Consensus traffic has a connection of its own, so a snapshot or a large call never delays a
-//! heartbeat.
+//! Consensus traffic has a connection of its own, so neither a snapshot, a large call nor a crowd of
+//! proposals delays a heartbeat.
 
 pub(crate) mod client;
 pub(crate) mod frame;

@@ -1,10 +1,10 @@
 //! openraft's network on our transport.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -20,7 +20,8 @@ use openraft::{
     errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Timeout, Unreachable},
     network::RPCOption,
     raft::{
-        AppendEntriesResponse, SnapshotResponse, TransferLeaderRequest, TransferLeaderResponse,
+        AppendEntriesResponse, SnapshotResponse, StreamAppendError, TransferLeaderRequest,
+        TransferLeaderResponse,
     },
 };
 use tokio::time::timeout;
@@ -33,8 +34,8 @@ use crate::{
     NodeId,
     codec::{DecodeError, Decoder, Encoder},
     types::{
-        AppendRequest, AppendResult, MemberNode, Snapshot, SnapshotData, Types, Vote, VoteRequest,
-        VoteResponse,
+        AppendRequest, AppendResult, LeaderId, MemberNode, Snapshot, SnapshotData, Types, Vote,
+        VoteRequest, VoteResponse,
     },
 };
 
@@ -50,11 +51,15 @@ const SNAPSHOT_INSTALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 type RpcError = RPCError<Types>;
 
+/// The last entry that each peer has acknowledged to this node as the leader of one term.
+pub(crate) type Acknowledged = Mutex<HashMap<NodeId, (LeaderId, u64)>>;
+
 /// Makes a [`Network`] for each peer.
 pub(crate) struct NetworkFactory {
     pub(crate) me: NodeId,
     pub(crate) peers: Arc<Peers>,
     pub(crate) streams: Arc<AtomicU64>,
+    pub(crate) acknowledged: Arc<Acknowledged>,
 }
 
 impl RaftNetworkFactory<Types> for NetworkFactory {
@@ -67,6 +72,7 @@ impl RaftNetworkFactory<Types> for NetworkFactory {
             address: node.address.clone(),
             peers: self.peers.clone(),
             streams: self.streams.clone(),
+            acknowledged: self.acknowledged.clone(),
             heartbeat: false,
         }
     }
@@ -83,6 +89,7 @@ pub(crate) struct Network {
     address: String,
     peers: Arc<Peers>,
     streams: Arc<AtomicU64>,
+    acknowledged: Arc<Acknowledged>,
     /// Heartbeats stand alone: they must not end the stream that carries entries.
     heartbeat: bool,
 }
@@ -237,6 +244,34 @@ impl RaftNetworkV2<Types> for Network {
 }
 
 impl Network {
+    /// A peer that no longer holds what it acknowledged to this very leader has lost its disk. It is
+    /// cut off: openraft asserts that this never happens, and the peer's vote can't be trusted.
+    fn check_acknowledged(
+        &self,
+        leader: LeaderId,
+        result: AppendResult,
+    ) -> Result<AppendResult, RpcError> {
+        let mut all = self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = all.get(&self.target).filter(|(of, _)| *of == leader).map(|(_, index)| *index);
+        match &result {
+            Ok(Some(matching)) if known.is_none_or(|known| known < matching.index) => {
+                all.insert(self.target, (leader, matching.index));
+            }
+            Err(StreamAppendError::Conflict(at))
+                if known.is_some_and(|known| at.index <= known) =>
+            {
+                let reason = format!(
+                    "node {} has lost entries that it acknowledged; remove it and add it under a new id",
+                    self.target
+                );
+                tracing::error!(peer = self.target, "{reason}");
+                return Err(RPCError::Unreachable(Unreachable::from_string(reason)));
+            }
+            _ => {}
+        }
+        Ok(result)
+    }
+
     async fn append_alone(
         &self,
         request: &AppendRequest,
@@ -247,7 +282,7 @@ impl Network {
         let deadline = option.hard_ttl();
         let answer =
             self.request(Kind::Heartbeat, RPCTypes::AppendEntries, body.0, deadline).await?;
-        decode_append_result(&answer)
+        self.check_acknowledged(request.vote.leader_id, decode_append_result(&answer)?)
     }
 
     async fn ask_for_vote(
@@ -312,17 +347,18 @@ struct AppendSession<'s, S> {
 }
 
 struct InFlight {
+    leader: LeaderId,
     answer: BoxFuture<'static, Result<Vec<u8>, TransportError>>,
 }
 
 impl InFlight {
-    fn new(answer: Answer) -> Self {
+    fn new(leader: LeaderId, answer: Answer) -> Self {
         let answer = async move {
             timeout(APPEND_TIMEOUT, answer.answer())
                 .await
                 .unwrap_or(Err(TransportError::Timeout(APPEND_TIMEOUT)))
         };
-        Self { answer: answer.boxed() }
+        Self { leader, answer: answer.boxed() }
     }
 }
 
@@ -360,7 +396,8 @@ impl<S: Stream<Item = AppendRequest> + Unpin> AppendSession<'_, S> {
         body.u64(self.number);
         body.append_request(request);
         let answer = self.connection.send(Kind::Append, body.0).await?;
-        self.in_flight.push_back(InFlight::new(answer));
+        let leader = request.vote.leader_id;
+        self.in_flight.push_back(InFlight::new(leader, answer));
         Ok(())
     }
 
@@ -368,10 +405,16 @@ impl<S: Stream<Item = AppendRequest> + Unpin> AppendSession<'_, S> {
         &mut self,
         answer: Result<Vec<u8>, TransportError>,
     ) -> Result<AppendResult, RpcError> {
-        self.in_flight.pop_front();
-        match answer {
-            Ok(bytes) => decode_append_result(&bytes),
-            Err(error) => Err(self.network.error(RPCTypes::AppendEntries, &error)),
+        let sent = self.in_flight.pop_front();
+        match (answer, sent) {
+            (Ok(bytes), Some(sent)) => {
+                let result = decode_append_result(&bytes)?;
+                self.network.check_acknowledged(sent.leader, result)
+            }
+            (Ok(_), None) => {
+                Err(RPCError::Network(NetworkError::from_string("an answer to nothing")))
+            }
+            (Err(error), _) => Err(self.network.error(RPCTypes::AppendEntries, &error)),
         }
     }
 }
