@@ -211,7 +211,7 @@ fn wanted<'a>(ctx: &'a Context, project: &str) -> Result<Vec<&'a Volume>, ApiErr
             volumes.push(volume.as_ref());
         }
     }
-    volumes.sort_by(|left, right| right.created_ms.cmp(&left.created_ms));
+    volumes.sort_by_key(|volume| std::cmp::Reverse(volume.created_ms));
     Ok(volumes)
 }
 

@@ -137,9 +137,8 @@ impl State {
         set(&mut port.allowed_address_pairs, &update.allowed_address_pairs);
         set(&mut port.tags, &update.tags);
         check_pairs(&port.id, port.allowed_address_pairs.len())?;
-        if !port.port_security_enabled
-            && !(port.security_groups.is_empty() && port.allowed_address_pairs.is_empty())
-        {
+        let guarded = !port.security_groups.is_empty() || !port.allowed_address_pairs.is_empty();
+        if guarded && !port.port_security_enabled {
             let message = "Port security must be enabled and port must not have an IP address in order to use security groups or address pairs.";
             return Err(Rejection::conflict("port", &port.id, message));
         }
