@@ -199,6 +199,37 @@ fn a_guests_process_is_closed() {
 }
 
 #[test]
+fn a_guest_enters_its_cgroup() {
+    let Some(spawner) = spawner() else { return };
+    let name = format!("trine-test-{}", std::process::id());
+    let made = ["/sys/fs/cgroup", "/sys/fs/cgroup/pids"]
+        .into_iter()
+        .filter(|parent| Path::new(parent).join("cgroup.procs").exists())
+        .map(|parent| Path::new(parent).join(&name))
+        .find(|path| std::fs::create_dir(path).is_ok());
+    let Some(cgroup) = made else {
+        eprintln!("SKIPPED: no cgroup can be made here");
+        return;
+    };
+    let launch = Launch::new(&probe::spinning_image());
+    let mut config = launch.config();
+    config.sandbox.cgroups.push(cgroup.clone());
+    let guest = launch.spawn(&spawner, &config, &[]).unwrap();
+    let entered = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap();
+    control::Client::connect(&launch.socket()).unwrap().kill().unwrap();
+    wait(&guest);
+    assert_eq!(entered.trim(), guest.pid.to_string());
+    config.sandbox.cgroups = vec!["/sys/fs/cgroup/none".into()];
+    let error = Launch::new(&probe::image(false, 0)).spawn(&spawner, &config, &[]).unwrap_err();
+    assert!(error.to_string().contains("enter cgroup /sys/fs/cgroup/none"), "{error}");
+    // The kernel takes the process out of its cgroup a moment after its pidfd is readable.
+    let start = std::time::Instant::now();
+    while std::fs::remove_dir(&cgroup).is_err() && start.elapsed().as_secs() < 20 {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
 fn several_guests_start_at_once() {
     let Some(spawner) = spawner() else { return };
     std::thread::scope(|scope| {

@@ -136,9 +136,11 @@ impl Spawner {
         clock.process.reach();
         let Spawner { socket: requests, null, host, sandbox } = self;
         drop(requests);
+        // A process group of its own, in the spawner's session without a terminal: a session of its
+        // own would also be a new scheduling group, which on a busy host costs a time slice.
         // SAFETY: plain calls on integers.
         unsafe {
-            libc::setsid();
+            libc::setpgid(0, 0);
             libc::signal(libc::SIGCHLD, libc::SIG_DFL);
         }
         replace(&null, 2);
