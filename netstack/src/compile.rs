@@ -1,6 +1,7 @@
 //! A [`Program`] becomes [`Tables`]: what the data plane looks up, immutable, swapped as a whole.
 //! All checking of a program happens here, so an error leaves the tables in force untouched.
 
+use crate::control::RejectedPort;
 use crate::program::{Direction, Ethertype, Forward, Network, Port, Program, SecurityRule, Subnet};
 use crate::wire::{self, Mac};
 use ipnet::{IpNet, Ipv4Net};
@@ -25,9 +26,9 @@ pub const RULES_MAX: usize = 4096;
 pub const ADDRESSES_MAX: usize = 64;
 /// Most bytes of metadata of a port, paths included.
 pub const METADATA_BYTES_MAX: usize = 1 << 20;
-/// Smallest MTU of a network.
+/// Smallest MTU of a network; a smaller one is raised to it.
 pub const MTU_MIN: u16 = 576;
-/// Largest MTU of a network: what fits a slot of the packet ring.
+/// Largest MTU of a network, what fits a slot of the packet ring; a larger one is lowered to it.
 pub const MTU_MAX: u16 = (abi::packet_ring::FRAME_BYTES_MAX - wire::ETHERNET_BYTES) as u16;
 
 /// What is wrong with a program.
@@ -72,6 +73,8 @@ pub(crate) struct Tables {
     pub(crate) forwards: Vec<Forward>,
     pub(crate) network_by_vni: HashMap<u32, usize>,
     pub(crate) port_by_id: HashMap<String, usize>,
+    /// Ports left out, and why.
+    pub(crate) rejected: Vec<RejectedPort>,
 }
 
 #[derive(Debug)]
@@ -199,7 +202,8 @@ impl Rule {
 }
 
 impl Tables {
-    /// Checks a program and lays it out for lookups.
+    /// Checks a program and lays it out for lookups. A port with an error in it is left out and
+    /// listed; any other error refuses the program.
     pub(crate) fn compile(program: Program) -> Result<Tables, Error> {
         limit("program", "", "networks", program.networks.len(), NETWORKS_MAX)?;
         limit("program", "", "ports", program.ports.len(), PORTS_MAX)?;
@@ -219,11 +223,18 @@ impl Tables {
             tables.networks.push(table);
         }
         for port in &program.ports {
-            let Some(&network) = network_by_id.get(port.network_id.as_str()) else {
-                let rule = "must be one of the program's networks";
-                return Err(value("port", &port.id, "network_id", &port.network_id, rule));
+            let added = match network_by_id.get(port.network_id.as_str()) {
+                Some(network) => tables.add_port(port, *network, &subnets),
+                None => {
+                    let rule = "must be one of the program's networks";
+                    Err(value("port", &port.id, "network_id", &port.network_id, rule))
+                }
             };
-            tables.add_port(port, network, &subnets)?;
+            // What one tenant asked for must not keep the others' ports from being programmed.
+            if let Err(error) = added {
+                let message = error.to_string();
+                tables.rejected.push(RejectedPort { port_id: port.id.clone(), message });
+            }
         }
         for (network, at) in program.networks.iter().zip(0..) {
             tables.add_remotes(network, at)?;
@@ -241,11 +252,16 @@ impl Tables {
         let at = self.ports.len();
         let network = &mut self.networks[network_at];
         let table = compile_port(port, network_at, network, subnets)?;
-        if table.mac == network.gateway_mac
-            || network.stations.insert(table.mac, Station::Local(at)).is_some()
-        {
+        if self.port_by_id.contains_key(&port.id) {
+            return Err(value("port", &port.id, "id", &port.id, "must be unique"));
+        }
+        let station = network.stations.get(&table.mac);
+        let twin =
+            matches!(station, Some(Station::Local(other)) if self.ports[*other].mac == table.mac);
+        if twin || table.mac == network.gateway_mac {
             return Err(value("port", &port.id, "mac", &port.mac, "must be unique in its network"));
         }
+        network.stations.insert(table.mac, Station::Local(at));
         for (mac, _) in &table.pairs {
             network.stations.entry(*mac).or_insert(Station::Local(at));
         }
@@ -256,9 +272,7 @@ impl Tables {
         if !table.secured {
             network.open_ports.push(at);
         }
-        if self.port_by_id.insert(port.id.clone(), at).is_some() {
-            return Err(value("port", &port.id, "id", &port.id, "must be unique"));
-        }
+        self.port_by_id.insert(port.id.clone(), at);
         self.ports.push(table);
         Ok(())
     }
@@ -296,9 +310,6 @@ fn compile_network<'a>(
     if network.vni == 0 || network.vni >= 1 << 24 {
         return Err(value("network", id, "vni", network.vni, "must be from 1 to 16777215"));
     }
-    if !(MTU_MIN..=MTU_MAX).contains(&network.mtu) {
-        return Err(value("network", id, "mtu", network.mtu, "must be from 576 to 2030"));
-    }
     limit("network", id, "subnets", network.subnets.len(), ADDRESSES_MAX)?;
     let mut services = vec![METADATA_ADDRESS];
     for subnet in &network.subnets {
@@ -316,7 +327,7 @@ fn compile_network<'a>(
     }
     Ok(NetworkTable {
         vni: network.vni,
-        mtu: network.mtu,
+        mtu: network.mtu.clamp(MTU_MIN, MTU_MAX),
         gateway_mac: gateway_mac(id),
         services,
         stations: HashMap::new(),
@@ -544,7 +555,10 @@ mod tests {
     fn check_refused(change: impl FnOnce(&mut Program), words: &[&str]) {
         let mut program = program();
         change(&mut program);
-        let message = Tables::compile(program).unwrap_err().to_string();
+        let message = match Tables::compile(program) {
+            Ok(tables) => tables.rejected.first().expect("nothing was refused").message.clone(),
+            Err(error) => error.to_string(),
+        };
         for word in words {
             assert!(message.contains(word), "{message} lacks {word}");
         }
@@ -553,7 +567,6 @@ mod tests {
     #[test]
     fn what_is_wrong_is_named() {
         check_refused(|program| program.networks[0].vni = 0, &["network n", "vni", "0"]);
-        check_refused(|program| program.networks[0].mtu = 2031, &["network n", "mtu", "2031"]);
         check_refused(
             |program| program.networks[0].subnets[0].cidr = "10/8".to_owned(),
             &["subnet s", "cidr", "10/8"],
@@ -586,6 +599,18 @@ mod tests {
             },
             &["port p", "metadata", "1048585", "1048576"],
         );
+    }
+
+    #[test]
+    fn a_port_with_an_error_leaves_the_others_alone() {
+        let mut program = program();
+        let gateway_mac = gateway_mac("n").map(|byte| format!("{byte:02x}")).join(":");
+        let bad = Port { id: "bad".to_owned(), mac: gateway_mac, ..program.ports[0].clone() };
+        program.ports.insert(0, bad);
+        let tables = Tables::compile(program).unwrap();
+        assert_eq!(tables.rejected[0].port_id, "bad");
+        assert_eq!(tables.port_by_id.get("p"), Some(&0));
+        assert_eq!(tables.networks[0].stations.len(), 1);
     }
 
     #[test]

@@ -27,7 +27,8 @@ pub struct Envelope {
 pub enum Request {
     /// Who are you and what do you hold?
     Status,
-    /// Replace the program; a program with an error in it changes nothing.
+    /// Replace the program. A port with an error in it is left out and listed in the status, a forward
+    /// that cannot listen is listed in the reply; any other error changes nothing.
     Program(Box<Program>),
     /// Connect a guest's rings; the frame carries the three descriptors of
     /// [`abi::packet_ring::Region::descriptors`] in that order. The program may name the port later.
@@ -87,6 +88,18 @@ pub struct Status {
     pub ports_attached: Vec<AttachedPort>,
     /// Forwards that do not listen.
     pub forwards_failed: Vec<ForwardFailure>,
+    /// Ports of the program that were left out.
+    #[serde(default)]
+    pub ports_rejected: Vec<RejectedPort>,
+}
+
+/// A port of the program with an error in it: it is left out, the others are in force.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RejectedPort {
+    /// The port.
+    pub port_id: String,
+    /// The value and the rule.
+    pub message: String,
 }
 
 /// One attached pair of rings.

@@ -314,13 +314,28 @@ fn a_program_with_an_error_changes_nothing() {
     let good = program(vec![network("net", 7)], vec![port("net", 10)]);
     switch.client.program(&good).unwrap();
     let mut bad = Program { revision: 2, ..good.clone() };
-    bad.ports[0].mac = "nonsense".to_owned();
+    bad.networks[0].subnets[0].cidr = "nonsense".to_owned();
     let error = switch.client.program(&bad).unwrap_err();
     let ClientError::Refused { kind: ErrorKind::Invalid, message } = error else {
         panic!("{error:?}");
     };
-    assert!(message.contains("net-port-10") && message.contains("nonsense"), "{message}");
+    assert!(message.contains("net-subnet") && message.contains("nonsense"), "{message}");
     assert_eq!(switch.client.status().unwrap().revision, 1);
+}
+
+#[test]
+fn a_port_with_an_error_is_listed_and_the_others_work() {
+    let mut switch = TestSwitch::start("127.0.0.1");
+    let mut guest = Guest::with_address(10);
+    let mut bad = port("net", 11);
+    bad.mac = "nonsense".to_owned();
+    switch.client.program(&program(vec![network("net", 7)], vec![bad, port("net", 10)])).unwrap();
+    switch.client.attach("net-port-10", 1, &guest.region).unwrap();
+    let rejected = switch.client.status().unwrap().ports_rejected;
+    assert_eq!(rejected.len(), 1);
+    assert_eq!(rejected[0].port_id, "net-port-11");
+    assert!(rejected[0].message.contains("nonsense"), "{}", rejected[0].message);
+    ping(&mut [&mut guest], GATEWAY);
 }
 
 #[test]

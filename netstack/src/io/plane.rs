@@ -6,7 +6,7 @@ use super::Error;
 use super::forwards::Forwards;
 use super::wires::{SLOTS_MAX, Slot, Wires};
 use crate::compile::Tables;
-use crate::control::{Counters, ErrorKind, Reply, Status};
+use crate::control::{Counters, ErrorKind, RejectedPort, Reply, Status};
 use crate::pipeline::Pipeline;
 use crate::program::Forward;
 use crate::service::{Accepted, PortStack};
@@ -430,6 +430,10 @@ impl Plane {
                 None => *place = None,
             }
         }
+        for rejected in &tables.rejected {
+            let RejectedPort { port_id, message } = rejected;
+            tracing::error!(port_id, message, "port left out of the program");
+        }
         tracing::debug!(revision = tables.revision, now_ms, "program in force");
     }
 
@@ -511,6 +515,7 @@ impl Plane {
             vtep: self.vtep.to_string(),
             ports_attached: self.wires.attached(),
             forwards_failed: self.forwards.failed().to_vec(),
+            ports_rejected: self.pipeline.tables().rejected.clone(),
         }
     }
 
