@@ -11,6 +11,7 @@ use super::view::{
 use crate::ids::{HostId, NetworkId, ServerId};
 use crate::state::State;
 use crate::state::compute::{Desired, Server, VmState};
+use crate::state::image::ImageStatus;
 use crate::state::network::{
     Direction, Ethertype, Network, Port, SecurityGroup, SecurityGroupRule, Subnet,
 };
@@ -41,6 +42,7 @@ pub fn host_view(state: &State, host: HostId) -> HostView {
             .filter_map(|image| image.content.as_ref())
             .map(|content| content.sha512.clone())
             .collect(),
+        uploading: state.image.images.values().any(|image| image.status == ImageStatus::Saving),
     }
 }
 

@@ -8,6 +8,8 @@ pub mod view;
 
 mod prepare;
 mod schedule;
+#[cfg(test)]
+mod tests;
 
 pub use host_view::host_view;
 pub use prepare::prepare;

@@ -207,7 +207,7 @@ fn leftovers(view: &HostView, observed: &Observed, steps: &mut Vec<Step>) {
     for id in observed.volumes.keys().filter(|id| !view.volumes.contains_key(*id)) {
         steps.push(Step::DeleteVolume(id.clone()));
     }
-    for content in observed.images.difference(&view.images) {
+    for content in observed.images.difference(&view.images).filter(|_| !view.uploading) {
         steps.push(Step::DeleteImage(content.clone()));
     }
     let guests =

@@ -17,6 +17,9 @@ pub struct HostView {
     pub volumes: BTreeMap<VolumeId, VolumeView>,
     /// Contents (SHA-512, hex) of images that are still in the catalog.
     pub images: BTreeSet<String>,
+    /// Whether the content of some image is being uploaded: until that is known, content
+    /// that isn't in the catalog may be the one that just came.
+    pub uploading: bool,
     /// What its switch is to do.
     pub switch: SwitchView,
 }

@@ -1,0 +1,142 @@
+//! The plan against the real state: what a host is told, and what it then does.
+
+use std::collections::BTreeSet;
+
+use super::observed::{Guest, GuestState, Observed, Volume};
+use super::{Step, host_view, plan};
+use crate::ids::HostId;
+use crate::state::Command;
+use crate::state::compute::ComputeCommand;
+use crate::state::fixture::{Sample, new_image};
+use crate::state::image::ImageCommand;
+use crate::state::volume::VolumeCommand;
+
+fn calm() -> Observed {
+    let mut observed = Observed::default();
+    observed.switch.programmed = true;
+    observed
+}
+
+fn guest(generation: u64, state: GuestState) -> Guest {
+    Guest { generation, state, volumes: BTreeSet::new() }
+}
+
+/// Checks what a host does next.
+#[track_caller]
+fn check(sample: &Sample, host: HostId, observed: &Observed, expected: &[Step]) {
+    assert_eq!(plan(&host_view(&sample.state, host), observed), expected);
+}
+
+/// A running server, its host, and that host as it should be.
+fn settled(sample: &mut Sample) -> (HostId, Observed) {
+    let host = sample.running("s1", None);
+    let mut observed = calm();
+    observed.guests.insert("s1".into(), guest(1, GuestState::Running));
+    observed.switch.attached.insert("port-of-s1".into(), 1);
+    (host, observed)
+}
+
+#[test]
+fn a_server_is_started_reported_and_then_left_alone() {
+    let mut sample = Sample::new();
+    let new = crate::state::fixture::new_server("s1", None);
+    sample.compute(ComputeCommand::CreateServer(Box::new(new)));
+    let host = sample.server("s1").host.expect("it fits");
+    check(
+        &sample,
+        host,
+        &Observed::default(),
+        &[Step::ProgramSwitch, Step::StartGuest("s1".into())],
+    );
+    let mut observed = calm();
+    observed.guests.insert("s1".into(), guest(1, GuestState::Running));
+    observed.switch.attached.insert("port-of-s1".into(), 1);
+    check(&sample, host, &observed, &[Step::ReportStarted("s1".into())]);
+    sample.compute(ComputeCommand::ServerStarted { id: "s1".into(), generation: 1 });
+    check(&sample, host, &observed, &[]);
+    observed.switch.attached.clear();
+    let attach = Step::AttachPort("s1".into(), "port-of-s1".into());
+    check(&sample, host, &observed, &[attach]);
+}
+
+#[test]
+fn after_a_reboot_of_the_host_its_guests_start_again_but_those_that_ended_stay_off() {
+    let mut sample = Sample::new();
+    let (host, mut observed) = settled(&mut sample);
+    observed.switch.attached.clear();
+    observed.guests.clear();
+    check(&sample, host, &observed, &[Step::StartGuest("s1".into())]);
+    observed.guests.insert("s1".into(), guest(1, GuestState::Ended("off".into())));
+    check(&sample, host, &observed, &[Step::ReportStopped("s1".into(), "off".into())]);
+}
+
+#[test]
+fn a_deleted_server_is_removed_and_then_reported_gone() {
+    let mut sample = Sample::new();
+    let (host, mut observed) = settled(&mut sample);
+    sample.compute(ComputeCommand::DeleteServer("s1".into()));
+    check(&sample, host, &observed, &[Step::RemoveGuest("s1".into())]);
+    observed.guests.clear();
+    observed.switch.attached.clear();
+    check(&sample, host, &observed, &[Step::ReportGone("s1".into())]);
+}
+
+#[test]
+fn a_guest_of_an_older_generation_is_ended_before_the_new_one_starts() {
+    let mut sample = Sample::new();
+    let (host, mut observed) = settled(&mut sample);
+    sample.compute(ComputeCommand::RebootServer("s1".into()));
+    check(&sample, host, &observed, &[Step::StopGuest("s1".into())]);
+    observed.guests.insert("s1".into(), guest(1, GuestState::Ended("killed".into())));
+    check(&sample, host, &observed, &[Step::StartGuest("s1".into())]);
+}
+
+#[test]
+fn a_volume_elsewhere_is_exported_plugged_unplugged_and_released() {
+    let mut sample = Sample::new();
+    let (host, mut observed) = settled(&mut sample);
+    sample.available("v1");
+    // The volume went to the lowest of the hosts with the most room: not the server's.
+    let home = sample.volume_of("v1").home.expect("it fits");
+    assert_ne!(home, host);
+    let mut at_home = calm();
+    at_home.volumes.insert("v1".into(), Volume { holder: None });
+    check(&sample, home, &at_home, &[]);
+    sample.volume(VolumeCommand::Attach {
+        volume_id: "v1".into(),
+        server_id: "s1".into(),
+        attachment_id: "a1".into(),
+        device: None,
+        tag: None,
+        delete_on_termination: false,
+    });
+    check(&sample, home, &at_home, &[Step::ExportVolume("v1".into())]);
+    check(&sample, host, &observed, &[Step::PlugVolume("s1".into(), "a1".into())]);
+    at_home.volumes.insert("v1".into(), Volume { holder: Some(("s1".into(), 1)) });
+    check(&sample, home, &at_home, &[]);
+    observed.guests.get_mut("s1").expect("it runs").volumes.insert("v1".into());
+    check(&sample, host, &observed, &[Step::ReportPlugged("s1".into(), "a1".into())]);
+    sample.volume(VolumeCommand::Attached { volume_id: "v1".into(), generation: 1 });
+    check(&sample, host, &observed, &[]);
+    sample.volume(VolumeCommand::Detach { volume_id: "v1".into(), server_id: "s1".into() });
+    check(&sample, host, &observed, &[Step::UnplugVolume("s1".into(), "a1".into())]);
+    sample.volume(VolumeCommand::Detached { volume_id: "v1".into(), generation: 1 });
+    let release = Step::ReleaseVolume { volume: "v1".into(), server: "s1".into(), generation: 1 };
+    check(&sample, home, &at_home, &[release]);
+}
+
+#[test]
+fn what_belongs_to_nothing_is_removed_but_not_what_is_just_being_uploaded() {
+    let mut sample = Sample::new();
+    let mut observed = calm();
+    observed.guests.insert("stray".into(), guest(1, GuestState::Running));
+    observed.volumes.insert("lost".into(), Volume { holder: None });
+    observed.images.insert("cd".repeat(64));
+    observed.images.insert(crate::state::fixture::content().sha512);
+    let strays = [Step::RemoveGuest("stray".into()), Step::DeleteVolume("lost".into())];
+    let with_image = [strays.as_slice(), &[Step::DeleteImage("cd".repeat(64))]].concat();
+    check(&sample, HostId(1), &observed, &with_image);
+    sample.must(Command::Image(ImageCommand::Create(Box::new(new_image("second")))));
+    sample.must(Command::Image(ImageCommand::UploadStarted("second".into())));
+    check(&sample, HostId(1), &observed, &strays);
+}
