@@ -117,3 +117,17 @@ pub fn router(cloud: Arc<dyn Cloud>, config: ApiConfig) -> Router {
         .layer(axum::middleware::from_fn_with_state(Arc::clone(&api), edge::edge))
         .with_state(api)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_policy_row_has_a_route() {
+        let table = route_table();
+        for action in policy::TABLE {
+            let used = table.iter().any(|row| row.action == Some(action));
+            assert!(used, "no route asks for {}", action.name);
+        }
+    }
+}
