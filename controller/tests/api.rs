@@ -190,6 +190,8 @@ async fn errors_have_the_form_of_their_service_and_every_answer_a_request_id() {
         assert!(answer.body.pointer(pointer).is_some(), "{path}: {}", answer.body);
         assert!(answer.header("x-openstack-request-id").starts_with("req-"));
     }
+    let answer = admin.get("/compute/v2.1/servers/%ff").await.expect(400);
+    assert_eq!(answer.body["badRequest"]["code"], 400);
     let answer = admin.delete("/compute/v2.1/servers").await.expect(405);
     assert_eq!(answer.body["badMethod"]["code"], 405);
     let answer = admin.get("/networking/v2.0/networks/x").await;

@@ -53,6 +53,8 @@ pub(crate) async fn edge(
     };
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {
         response = error.render(service);
+    } else if is_frameworks_refusal(&response) {
+        response = ApiError::bad_request("The request's path is not valid.").render(service);
     }
     tracing::debug!(
         request_id = %edge.request_id, %method, path = %edge.path,
@@ -63,6 +65,13 @@ pub(crate) async fn edge(
         range.stamp(served, response.headers_mut());
     }
     response
+}
+
+/// What axum's own extractors refuse is plain text: a path that is no UTF-8, as a rule.
+fn is_frameworks_refusal(response: &Response) -> bool {
+    let kind = response.headers().get(http::header::CONTENT_TYPE);
+    let plain = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/plain"));
+    response.status() == StatusCode::BAD_REQUEST && plain
 }
 
 fn finish(edge: &Edge, service: Service, response: &mut Response) {

@@ -85,10 +85,7 @@ impl Params {
 
     /// The page that `limit` and `marker` ask for.
     pub(crate) fn page(&self) -> Result<Page, ApiError> {
-        let limit = match self.u64("limit")? {
-            None => None,
-            Some(limit) => Some(usize::try_from(limit).unwrap_or(PAGE_MAX)),
-        };
+        let limit = self.u64("limit")?.map(|limit| usize::try_from(limit).unwrap_or(PAGE_MAX));
         let marker = self.get("marker").filter(|marker| !marker.is_empty()).map(str::to_owned);
         Ok(Page { limit, marker })
     }

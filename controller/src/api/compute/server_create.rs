@@ -286,16 +286,16 @@ fn placement(
         (host, zone) = (forced, Some(name.to_owned()).filter(|name| !name.is_empty()));
     }
     let mut hosts = ctx.state.cluster.hosts.values();
-    if let Some(zone) = &zone {
-        if !hosts.any(|host| host.availability_zone == *zone) {
-            return Err(bad("The requested availability zone is not available"));
-        }
+    if let Some(zone) = &zone
+        && !hosts.any(|host| host.availability_zone == *zone)
+    {
+        return Err(bad("The requested availability zone is not available"));
     }
     let mut hosts = ctx.state.cluster.hosts.values();
-    if let Some(name) = &host {
-        if !hosts.any(|host| host.name == *name) {
-            return Err(bad(format!("Compute host {name} could not be found.")));
-        }
+    if let Some(name) = &host
+        && !hosts.any(|host| host.name == *name)
+    {
+        return Err(bad(format!("Compute host {name} could not be found.")));
     }
     Ok((zone, host))
 }

@@ -27,10 +27,11 @@ pub(super) fn status(server: &Server) -> &'static str {
 
 /// The task state, with what only the server's host knows while it is being made.
 async fn task_state(ctx: &Context, server: &Server) -> Option<&'static str> {
-    if server.vm_state == VmState::Building && server.task_state != Some(TaskState::Deleting) {
-        if let Some(sub_state) = ctx.cloud().volatile(&server.id).await {
-            return Some(sub_state.as_str());
-        }
+    if server.vm_state == VmState::Building
+        && server.task_state != Some(TaskState::Deleting)
+        && let Some(sub_state) = ctx.cloud().volatile(&server.id).await
+    {
+        return Some(sub_state.as_str());
     }
     server.task_state.map(TaskState::as_str)
 }

@@ -239,7 +239,7 @@ fn listed(ctx: &Context, image: &Image) -> bool {
 }
 
 /// `size_min=`, `size_max=` and the filters that say what is shown.
-fn filtered<'a>(ctx: &'a Context, hidden: bool) -> impl Iterator<Item = &'a Image> {
+fn filtered(ctx: &Context, hidden: bool) -> impl Iterator<Item = &Image> {
     let query = &ctx.query;
     let text = |field: &Option<String>| field.clone().unwrap_or_default();
     let own_fields = query.names().filter(|name| !FILTERS.contains(name));
