@@ -25,6 +25,7 @@ mod pki;
 mod process;
 mod process_end;
 mod runtime_directory;
+mod spawner;
 mod up;
 
 use clap::Parser;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
 
 use abi::packet_ring::Region;
 use anyhow::{Context as _, Result, anyhow};
@@ -65,25 +66,33 @@ impl Agent {
 
     async fn launch(&self, view: &ServerView, host: &HostView) -> Result<()> {
         let id = &view.server.id;
-        let progress =
-            |stage| self.with_world(|world| drop(world.starting.insert(id.clone(), stage)));
-        progress(SubState::Networking);
+        let begin = |stage| {
+            self.with_world(|world| world.starting.insert(id.clone(), stage));
+            Instant::now()
+        };
         let networking = async {
-            let programmed = self.program_switch(host).await.context("networking");
-            progress(SubState::BlockDeviceMapping);
-            programmed
+            let start = begin(SubState::Networking);
+            self.program_switch(host).await.context("networking")?;
+            anyhow::Ok(start.elapsed())
         };
         let mapping = async {
+            let start = begin(SubState::BlockDeviceMapping);
             let documents = self.instance_documents(view, host);
             let view = view.clone();
             let disks = self.blocking(move |agent| agent.make_disks(&view, &documents)).await;
-            disks.context("block_device_mapping")
+            anyhow::Ok((disks.context("block_device_mapping")?, start.elapsed()))
         };
-        let ((), disks) = tokio::try_join!(networking, mapping)?;
-        progress(SubState::Spawning);
+        let (networking, (disks, mapping)) = tokio::try_join!(networking, mapping)?;
+        let start = begin(SubState::Spawning);
         let owned = view.clone();
         let pidfd =
             self.blocking(move |agent| agent.spawn(&owned, disks)).await.context("spawning")?;
+        let stages = [
+            (SubState::Networking, networking),
+            (SubState::BlockDeviceMapping, mapping),
+            (SubState::Spawning, start.elapsed()),
+        ];
+        self.with_world(|world| world.started(id, &stages));
         self.watch(id.clone(), pidfd);
         Ok(())
     }
@@ -182,7 +191,7 @@ impl Agent {
         let watched = process.try_clone()?.into_pidfd();
         self.with_world(|world| {
             let life = Observation::Running(process, spawned.pid);
-            world.guests.insert(id.clone(), Guest { record, life, volumes: Default::default() });
+            world.guests.insert(id.clone(), Guest::new(record, life));
         });
         Ok(watched)
     }

@@ -58,7 +58,7 @@ pub(crate) struct Context {
     /// The switch's control socket.
     pub(crate) switch: PathBuf,
     /// Makes guests' processes.
-    pub(crate) spawner: vmm::spawner::Client,
+    pub(crate) spawner: crate::spawner::Spawner,
     /// Opens sealed user data.
     pub(crate) sealer: Sealer,
 }
@@ -76,6 +76,18 @@ pub(crate) struct GuestStatus {
     pub(crate) generation: u64,
     /// Volumes plugged into it.
     pub(crate) volumes: Vec<String>,
+    /// What its start took, stage by stage; empty where an earlier node started it.
+    #[serde(default)]
+    pub(crate) stages: Vec<StageTime>,
+}
+
+/// A stage of a guest's start.
+#[derive(Clone, Debug, Serialize, serde::Deserialize)]
+pub(crate) struct StageTime {
+    /// `networking`, `block_device_mapping` (beside it), `spawning`.
+    pub(crate) stage: String,
+    /// How long it took.
+    pub(crate) ms: f64,
 }
 
 /// One host's agent. Clones are the same agent.

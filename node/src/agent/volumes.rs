@@ -85,6 +85,12 @@ impl Agent {
     }
 
     fn plug(&self, server: &ServerId, wanted: &AttachmentView) -> Result<()> {
+        // Where an earlier try went through and its answer was lost, a second connection to the
+        // volume would cut off the one that the guest uses.
+        if self.vmm(server)?.status()?.disks.contains(&disk_id(&wanted.volume)) {
+            self.with_world(|world| world.refresh_guest(server));
+            return Ok(());
+        }
         let mut storage = self.storage()?;
         let attachment = Attachment {
             volume_id: wanted.volume.to_string(),
@@ -108,11 +114,8 @@ impl Agent {
         };
         let serial = wanted.volume.as_str().chars().take(SERIAL_CHARACTERS).collect();
         let config = DiskConfig { id: disk_id(&wanted.volume), source, read_only: false, serial };
-        match self.vmm(server)?.add_disk(config, &[disk.descriptor.as_fd()]) {
-            // An earlier try went through and its answer was lost.
-            Err(ControlError::Refused { kind, .. }) if kind == "exists" => {}
-            added => added.context("the VMM did not take the disk")?,
-        }
+        let added = self.vmm(server)?.add_disk(config, &[disk.descriptor.as_fd()]);
+        added.context("the VMM did not take the disk")?;
         self.with_world(|world| world.refresh_guest(server));
         Ok(())
     }

@@ -14,7 +14,7 @@ use controller::plan::view::{HostView, SwitchView};
 use tracing::warn;
 
 use super::directory::{GuestDirectory, Life, Record};
-use super::{GuestStatus, RETRY_FIRST, RETRY_LAST};
+use super::{GuestStatus, RETRY_FIRST, RETRY_LAST, StageTime};
 use crate::process::Held;
 
 /// Prefix of a volume's disk id in a VMM.
@@ -30,6 +30,8 @@ pub(super) struct Guest {
     pub(super) record: Record,
     pub(super) life: Observation,
     pub(super) volumes: BTreeSet<VolumeId>,
+    /// What its start took, where this agent started it.
+    stages: Vec<StageTime>,
 }
 
 /// How a guest is, with what is needed to end it.
@@ -87,7 +89,7 @@ impl World {
             };
             let id = ServerId(record.server_id.clone());
             let (life, volumes) = observe(&directory, &record)?;
-            world.guests.insert(id, Guest { record, life, volumes });
+            world.guests.insert(id, Guest { record, life, volumes, stages: Vec::new() });
         }
         Ok(world)
     }
@@ -108,6 +110,16 @@ impl World {
                 attached: self.attached.clone(),
             },
         })
+    }
+
+    /// A guest was started; each stage took that long.
+    pub(super) fn started(&mut self, id: &ServerId, stages: &[(SubState, Duration)]) {
+        let Some(guest) = self.guests.get_mut(id) else { return };
+        let stage = |(stage, took): &(SubState, Duration)| StageTime {
+            stage: stage.as_str().into(),
+            ms: took.as_secs_f64() * 1e3,
+        };
+        guest.stages = stages.iter().map(stage).collect();
     }
 
     pub(super) fn guest_statuses(&self) -> Vec<GuestStatus> {
@@ -232,6 +244,10 @@ impl World {
 }
 
 impl Guest {
+    pub(super) fn new(record: Record, life: Observation) -> Guest {
+        Guest { record, life, volumes: BTreeSet::new(), stages: Vec::new() }
+    }
+
     fn observed(&self) -> observed::Guest {
         observed::Guest {
             generation: self.record.generation,
@@ -256,6 +272,7 @@ impl Guest {
             pid,
             generation: self.record.generation,
             volumes: self.volumes.iter().map(ToString::to_string).collect(),
+            stages: self.stages.clone(),
         }
     }
 }

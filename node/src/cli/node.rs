@@ -16,6 +16,7 @@ pub(crate) struct Args {
 
 /// Runs until SIGTERM or Ctrl-C.
 pub(crate) fn run(args: Args) -> Result<()> {
+    allow_many_descriptors();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("trine-node")
@@ -25,4 +26,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
     // Blocking threads may sit in a request to a process that hangs.
     runtime.shutdown_timeout(std::time::Duration::from_secs(2));
     result
+}
+
+/// Each guest takes a handful of descriptors here and in storage and switch, which inherit this.
+fn allow_many_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files stays low; fewer guests will fit");
+    }
 }

@@ -28,7 +28,7 @@ pub(super) async fn serve(
 ) {
     let acceptor = TlsAcceptor::from(tls);
     let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    let graceful = Arc::new(GracefulShutdown::new());
+    let graceful = GracefulShutdown::new();
     loop {
         let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { break };
         let accepted = tokio::select! {
@@ -52,9 +52,7 @@ pub(super) async fn serve(
         });
     }
     drop(listener);
-    if let Ok(graceful) = Arc::try_unwrap(graceful).map(GracefulShutdown::shutdown) {
-        let _ = tokio::time::timeout(DRAIN_WITHIN, graceful).await;
-    }
+    let _ = tokio::time::timeout(DRAIN_WITHIN, graceful.shutdown()).await;
 }
 
 async fn connection(

@@ -108,6 +108,17 @@ pub(crate) async fn run(data_directory: &Path) -> Result<()> {
         .with_context(|| format!("cannot write {}", record.display()))?;
 
     let (stop, stopping) = watch::channel(false);
+    let ended = live(config, directory, &stop, stopping).await;
+    let _ = std::fs::remove_file(&record);
+    ended
+}
+
+async fn live(
+    config: NodeConfig,
+    directory: DataDirectory,
+    stop: &watch::Sender<bool>,
+    stopping: watch::Receiver<bool>,
+) -> Result<()> {
     let mut running = tokio::select! {
         started = start::start(config, directory, stopping) => started?,
         signal = stop_signal() => return signal,
@@ -118,7 +129,6 @@ pub(crate) async fn run(data_directory: &Path) -> Result<()> {
     };
     let _ = stop.send(true);
     running.finish().await;
-    let _ = std::fs::remove_file(&record);
     ended
 }
 

@@ -15,6 +15,7 @@ use crate::config::NodeConfig;
 use crate::data_directory::DataDirectory;
 use crate::embedded::{self, Executables};
 use crate::process::Held;
+use crate::spawner::Spawner;
 use crate::{pki, runtime_directory};
 use anyhow::{Context, Result, anyhow};
 use controller::seal::Sealer;
@@ -184,7 +185,7 @@ pub(super) fn raft_tls(node: &Node) -> raft::Tls {
 
 async fn start_agent(node: &Arc<Node>, executables: &Executables) -> Result<()> {
     let vmm = executables.vmm.clone();
-    let spawner = tokio::task::spawn_blocking(move || vmm::spawner::Client::start(&vmm)).await??;
+    let spawner = tokio::task::spawn_blocking(move || Spawner::start(vmm)).await??;
     tracing::info!(sandbox = spawner.sandbox(), "guests are closed in");
     let agent = Agent::start(agent::Context {
         host: node.host(),
