@@ -11,20 +11,20 @@ static VMM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/trine-vmm"));
 static FLOOR: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kvm-floor"));
 
 /// The built-in guest image: an ELF unikernel, uploaded to the catalog like any other image.
-pub static GUEST_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
+pub(crate) static GUEST_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"));
 
 /// The embedded executables as files.
 #[derive(Clone, Debug)]
-pub struct Executables {
+pub(crate) struct Executables {
     /// The VMM and its spawner.
-    pub vmm: PathBuf,
+    pub(crate) vmm: PathBuf,
     /// The smallest possible raw-KVM program, the benchmark's floor.
-    pub floor: PathBuf,
+    pub(crate) floor: PathBuf,
 }
 
 /// Writes the executables into `directory`, under names that carry their content's hash: a newer
 /// `trine` never replaces the file that a running spawner was started from.
-pub fn install(directory: &Path) -> io::Result<Executables> {
+pub(crate) fn install(directory: &Path) -> io::Result<Executables> {
     fs::create_dir_all(directory)?;
     Ok(Executables {
         vmm: install_one(directory, "trine-vmm", VMM)?,

@@ -8,7 +8,7 @@ use crate::embedded::GUEST_IMAGE;
 
 /// What `trine image` takes.
 #[derive(clap::Args)]
-pub struct Args {
+pub(crate) struct Args {
     #[command(subcommand)]
     action: Action,
 }
@@ -26,7 +26,7 @@ enum Action {
 }
 
 /// Runs the subcommand.
-pub fn run(args: Args) -> Result<()> {
+pub(crate) fn run(args: Args) -> Result<()> {
     let Action::Export { file } = args.action;
     let mut out = std::fs::File::create_new(&file)
         .with_context(|| format!("cannot make {}", file.display()))?;

@@ -11,7 +11,7 @@ use crate::cluster::{Addresses, Cluster, NODES};
 #[command(
     after_help = "Examples:\n  trine up\n  trine up --directory /srv/trine\n  trine up --down --directory /srv/trine"
 )]
-pub struct Args {
+pub(crate) struct Args {
     /// Where the three nodes keep their data (default: ~/.local/share/trine).
     #[arg(long)]
     directory: Option<PathBuf>,
@@ -28,7 +28,7 @@ pub struct Args {
 }
 
 /// Starts the cloud (making it the first time) and waits for Ctrl-C or SIGTERM.
-pub fn run(args: Args) -> Result<()> {
+pub(crate) fn run(args: Args) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(up(&args))
 }

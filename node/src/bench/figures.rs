@@ -3,48 +3,48 @@ use serde::Serialize;
 
 /// The result of any benchmark: one form for all of them.
 #[derive(Clone, Debug, Serialize)]
-pub struct Figures {
+pub(crate) struct Figures {
     /// Which benchmark.
-    pub bench: String,
+    pub(crate) bench: String,
     /// What was measured, from where to where, and how.
-    pub method: String,
+    pub(crate) method: String,
     /// Its series.
-    pub series: Vec<Series>,
+    pub(crate) series: Vec<Series>,
     /// Measurements that failed; they are in no series.
-    pub failures: usize,
+    pub(crate) failures: usize,
 }
 
 /// One series of measurements, in `unit`.
 #[derive(Clone, Debug, Serialize)]
-pub struct Series {
+pub(crate) struct Series {
     /// Name, stable between releases.
-    pub name: String,
+    pub(crate) name: String,
     /// Unit of the figures.
-    pub unit: &'static str,
+    pub(crate) unit: &'static str,
     /// Number of measurements.
-    pub n: usize,
+    pub(crate) n: usize,
     /// Smallest.
-    pub min: f64,
+    pub(crate) min: f64,
     /// Median.
-    pub p50: f64,
+    pub(crate) p50: f64,
     /// 90th percentile.
-    pub p90: f64,
+    pub(crate) p90: f64,
     /// 99th percentile.
-    pub p99: f64,
+    pub(crate) p99: f64,
     /// Largest.
-    pub max: f64,
+    pub(crate) max: f64,
     /// Median CPU time of one measurement, milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub cpu_ms_p50: Option<f64>,
+    pub(crate) cpu_ms_p50: Option<f64>,
     /// Median as a multiple of the floor's median.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub ratio_to_floor_p50: Option<f64>,
+    pub(crate) ratio_to_floor_p50: Option<f64>,
 }
 
 impl Series {
     /// The figures of `samples`; `None` where there are none.
-    pub fn new(name: &str, unit: &'static str, mut samples: Vec<f64>) -> Option<Series> {
-        samples.sort_by(f64::total_cmp);
+    pub(crate) fn new(name: &str, unit: &'static str, samples: Vec<f64>) -> Option<Series> {
+        let samples = sorted(samples);
         let (min, max) = (*samples.first()?, *samples.last()?);
         Some(Series {
             name: name.to_string(),
@@ -59,6 +59,18 @@ impl Series {
             ratio_to_floor_p50: None,
         })
     }
+
+    /// The same series with the CPU time of its measurements, milliseconds.
+    pub(crate) fn with_cpu(self, samples: Vec<f64>) -> Series {
+        let samples = sorted(samples);
+        let p50 = (!samples.is_empty()).then(|| percentile(&samples, 50));
+        Series { cpu_ms_p50: p50, ..self }
+    }
+}
+
+fn sorted(mut samples: Vec<f64>) -> Vec<f64> {
+    samples.sort_by(f64::total_cmp);
+    samples
 }
 
 /// The nearest-rank percentile of sorted samples.
@@ -69,7 +81,7 @@ fn percentile(sorted: &[f64], percent: usize) -> f64 {
 
 impl Figures {
     /// Gives each series its median as a multiple of the series `floor`.
-    pub fn relate_to(&mut self, floor: &str) {
+    pub(crate) fn relate_to(&mut self, floor: &str) {
         let Some(floor_p50) = self.find(floor).map(|series| series.p50) else { return };
         for series in &mut self.series {
             series.ratio_to_floor_p50 = Some(series.p50 / floor_p50);
@@ -77,12 +89,12 @@ impl Figures {
     }
 
     /// A series by name.
-    pub fn find(&self, name: &str) -> Option<&Series> {
+    pub(crate) fn find(&self, name: &str) -> Option<&Series> {
         self.series.iter().find(|series| series.name == name)
     }
 
     /// The same for people.
-    pub fn table(&self) -> String {
+    pub(crate) fn table(&self) -> String {
         let mut table = Table::new();
         table.load_style(presets::NOTHING);
         table.set_header([

@@ -1,18 +1,14 @@
 //! `trine bench launch`: the floor, the VMM alone, and the whole way through the API, in turn.
 
 use std::fs::File;
-use std::io::{Read, Seek, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use abi::packet_ring::Region;
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
-use vmm::config::{Boot, DiskConfig, DiskSource, NetBackend, NetConfig, Resource, VmConfig};
-use vmm::control::ExitRecord;
+use vmm::bench::{Devices, Sample};
 
 use super::{Figures, Series};
 use crate::client::objects::{create_flavor, create_image, create_network, create_subnet};
@@ -32,29 +28,29 @@ const METHOD: &str = "Each round takes every series once, in turn. floor, cold/*
     the API. fdatasync: 512 bytes appended on the nodes' file system. Teardown is not in the times.";
 
 /// How much is measured.
-pub struct LaunchOptions {
+pub(crate) struct LaunchOptions {
     /// Launches of each series.
-    pub count: usize,
+    pub(crate) count: usize,
     /// Launches under way at once.
-    pub concurrency: usize,
+    pub(crate) concurrency: usize,
 }
 
 /// Where the series through the API are measured.
-pub struct Cloud {
+pub(crate) struct Cloud {
     /// Signed in as someone who may create servers.
-    pub client: Client,
+    pub(crate) client: Client,
     /// The built-in guest image.
-    pub image: String,
+    pub(crate) image: String,
     /// A flavor that it fits.
-    pub flavor: String,
+    pub(crate) flavor: String,
     /// A network with a subnet.
-    pub network: String,
+    pub(crate) network: String,
     /// The nodes' directory.
-    pub directory: PathBuf,
+    pub(crate) directory: PathBuf,
 }
 
 /// Measures in a cloud of three nodes of its own.
-pub async fn in_own_cloud(options: &LaunchOptions) -> Result<Figures> {
+pub(crate) async fn in_own_cloud(options: &LaunchOptions) -> Result<Figures> {
     let directory = tempfile::Builder::new().prefix("trine-bench-").tempdir()?;
     let addresses = Addresses::of_process(std::process::id());
     let mut cluster = Cluster::at(directory.path(), addresses)?;
@@ -90,7 +86,7 @@ async fn measure_in(
 }
 
 /// Measures all series.
-pub async fn launch(options: &LaunchOptions, cloud: &Cloud) -> Result<Figures> {
+pub(crate) async fn launch(options: &LaunchOptions, cloud: &Cloud) -> Result<Figures> {
     ensure!(options.count > 0, "--count is 0; at least one launch must be measured");
     ensure!((1..=64).contains(&options.concurrency), "--concurrency must be 1 to 64");
     let bench = Arc::new(Bench::prepare(&cloud.directory)?);
@@ -111,15 +107,15 @@ pub async fn launch(options: &LaunchOptions, cloud: &Cloud) -> Result<Figures> {
     Ok(samples.figures(options))
 }
 
-/// Milliseconds of one round, by series.
-type Round = Vec<(&'static str, f64)>;
+/// One round: milliseconds by series, and CPU milliseconds where they are known.
+type Round = Vec<(&'static str, f64, Option<f64>)>;
 
 async fn round(bench: &Arc<Bench>, cloud: &Cloud, number: usize) -> Result<Round> {
     let local = Arc::clone(bench);
     let mut round = tokio::task::spawn_blocking(move || local.round()).await??;
-    round.push(("api/commit", commit(&cloud.client, number).await?));
+    round.push(("api/commit", commit(&cloud.client, number).await?, None));
     let (active, first_line) = boot(cloud, number).await?;
-    round.extend([("api/active", active), ("api/first-line", first_line)]);
+    round.extend([("api/active", active, None), ("api/first-line", first_line, None)]);
     Ok(round)
 }
 
@@ -127,8 +123,8 @@ async fn round(bench: &Arc<Bench>, cloud: &Cloud, number: usize) -> Result<Round
 struct Bench {
     spawner: vmm::spawner::Client,
     floor: File,
+    kernel: File,
     directory: tempfile::TempDir,
-    kernel: PathBuf,
 }
 
 impl Bench {
@@ -140,18 +136,21 @@ impl Bench {
         Ok(Bench {
             spawner: vmm::spawner::Client::start(&executables.vmm)?,
             floor: File::open(&executables.floor)?,
+            kernel: File::open(kernel)?,
             directory,
-            kernel,
         })
     }
 
     fn round(&self) -> Result<Round> {
-        let floor = self.spawner.run_floor(self.floor.as_fd(), MEMORY_MIB)?;
+        let floor = vmm::bench::floor(&self.spawner, &self.floor, MEMORY_MIB)?;
+        let cold = |devices| {
+            vmm::bench::launch(&self.spawner, &self.kernel, "exit-after-main", MEMORY_MIB, devices)
+        };
         Ok(vec![
-            ("fdatasync", self.fdatasync()?),
-            ("floor", milliseconds(floor.spawn_ns, floor.first_exit_ns)?),
-            ("cold/no-devices", self.cold(false)?),
-            ("cold/devices", self.cold(true)?),
+            ("fdatasync", self.fdatasync()?, None),
+            sample("floor", floor),
+            sample("cold/no-devices", cold(Devices::None)?),
+            sample("cold/devices", cold(Devices::BlockAndNet)?),
         ])
     }
 
@@ -163,78 +162,10 @@ impl Bench {
         file.sync_data()?;
         Ok(start.elapsed().as_secs_f64() * 1e3)
     }
-
-    /// One guest of the built-in image that ends at its main.
-    fn cold(&self, devices: bool) -> Result<f64> {
-        let mut descriptors: Vec<OwnedFd> = vec![File::open(&self.kernel)?.into()];
-        let mut exit = tempfile::tempfile_in(self.directory.path())?;
-        descriptors.push(exit.try_clone()?.into());
-        let mut config = VmConfig {
-            version: 1,
-            id: "bench".into(),
-            nonce: String::new(),
-            vcpus: 1,
-            memory_mib: MEMORY_MIB,
-            boot: Boot { kernel: Resource::Descriptor(0), cmdline: "exit-after-main".into() },
-            console: None,
-            disks: Vec::new(),
-            nets: Vec::new(),
-            control: None,
-            exit_record: Some(Resource::Descriptor(1)),
-            sandbox: Default::default(),
-        };
-        let ring =
-            if devices { Some(self.add_devices(&mut config, &mut descriptors)?) } else { None };
-        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        let guest = self.spawner.spawn(&config, &borrowed)?;
-        wait_for_end(&guest.pidfd)?;
-        drop(ring);
-        let mut record = String::new();
-        exit.rewind()?;
-        exit.read_to_string(&mut record)?;
-        let record: ExitRecord = serde_json::from_str(&record).context("the exit record")?;
-        ensure!(
-            record.code == Some(0),
-            "the guest ended with {}: {}",
-            record.reason,
-            record.message
-        );
-        milliseconds(record.timings.spawn_ns, record.timings.main_ns)
-    }
-
-    fn add_devices(&self, config: &mut VmConfig, descriptors: &mut Vec<OwnedFd>) -> Result<Region> {
-        let disk = tempfile::tempfile_in(self.directory.path())?;
-        disk.set_len(1 << 20)?;
-        config.disks.push(DiskConfig {
-            id: "root".into(),
-            source: DiskSource::Raw(Resource::Descriptor(descriptors.len())),
-            read_only: false,
-            serial: "root".into(),
-        });
-        descriptors.push(disk.into());
-        let ring = Region::create()?;
-        let first = descriptors.len();
-        descriptors.extend(ring.descriptors()?);
-        config.nets.push(NetConfig {
-            id: "net".into(),
-            mac: "fa:16:3e:00:00:01".into(),
-            mtu: 1450,
-            backend: NetBackend::Ring([first, first + 1, first + 2]),
-        });
-        Ok(ring)
-    }
 }
 
-fn milliseconds(from_ns: u64, to_ns: u64) -> Result<f64> {
-    ensure!(from_ns != 0 && to_ns > from_ns, "a launch without its times: {from_ns} to {to_ns}");
-    Ok((to_ns - from_ns) as f64 / 1e6)
-}
-
-fn wait_for_end(pidfd: &OwnedFd) -> Result<()> {
-    let timeout = Timespec { tv_sec: LAUNCH_WITHIN.as_secs() as i64, tv_nsec: 0 };
-    let ended = poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&timeout))?;
-    ensure!(ended > 0, "the guest has not ended after {} s", LAUNCH_WITHIN.as_secs());
-    Ok(())
+fn sample(name: &'static str, sample: Sample) -> (&'static str, f64, Option<f64>) {
+    (name, sample.launch_ns as f64 / 1e6, Some(sample.cpu_ns as f64 / 1e6))
 }
 
 /// A small write through the API: one commit and its request.
@@ -311,14 +242,16 @@ const SERIES: [&str; 7] = [
 #[derive(Default)]
 struct Samples {
     by_series: [Vec<f64>; SERIES.len()],
+    cpu: [Vec<f64>; SERIES.len()],
     failures: usize,
 }
 
 impl Samples {
     fn add(&mut self, round: &Round) {
-        for (name, value) in round {
+        for (name, ms, cpu_ms) in round {
             if let Some(index) = SERIES.iter().position(|series| series == name) {
-                self.by_series[index].push(*value);
+                self.by_series[index].push(*ms);
+                self.cpu[index].extend(cpu_ms);
             }
         }
     }
@@ -329,11 +262,13 @@ impl Samples {
     }
 
     fn figures(self, options: &LaunchOptions) -> Figures {
-        let series = SERIES.iter().zip(self.by_series);
+        let series = SERIES.iter().zip(self.by_series).zip(self.cpu);
         let mut figures = Figures {
             bench: "launch".into(),
             method: format!("{METHOD} Concurrency {}.", options.concurrency),
-            series: series.filter_map(|(name, s)| Series::new(name, "ms", s)).collect(),
+            series: series
+                .filter_map(|((name, ms), cpu)| Some(Series::new(name, "ms", ms)?.with_cpu(cpu)))
+                .collect(),
             failures: self.failures,
         };
         figures.relate_to("floor");

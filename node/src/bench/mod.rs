@@ -5,12 +5,12 @@ mod launch;
 
 use anyhow::Result;
 
-pub use figures::{Figures, Series};
-pub use launch::{Cloud, LaunchOptions, launch};
+pub(crate) use figures::{Figures, Series};
+pub(crate) use launch::{Cloud, LaunchOptions, launch};
 
 /// What `trine bench` takes.
 #[derive(clap::Args)]
-pub struct Args {
+pub(crate) struct Args {
     #[command(subcommand)]
     bench: Bench,
 }
@@ -35,7 +35,7 @@ enum Bench {
 }
 
 /// Runs a benchmark and prints its figures.
-pub fn run(args: Args) -> Result<()> {
+pub(crate) fn run(args: Args) -> Result<()> {
     let Bench::Launch { count, concurrency, json } = args.bench;
     let runtime = tokio::runtime::Runtime::new()?;
     let options = LaunchOptions { count, concurrency };

@@ -3,13 +3,13 @@ use serde_json::Value;
 /// A refusal by one of the APIs.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {status} {message}")]
-pub struct ApiError {
+pub(crate) struct ApiError {
     /// Method and path.
-    pub what: String,
+    pub(crate) what: String,
     /// HTTP status.
-    pub status: u16,
+    pub(crate) status: u16,
     /// The API's own words.
-    pub message: String,
+    pub(crate) message: String,
 }
 
 impl ApiError {

@@ -13,29 +13,29 @@ use reqwest::{Method, RequestBuilder, Response};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-pub use error::ApiError;
+pub(crate) use error::ApiError;
 
 /// Newest compute microversion whose shapes this client knows.
 const COMPUTE_MICROVERSION: &str = "2.64";
 
 /// How to sign in: what `trine init` leaves in `credentials.json`.
 #[derive(Clone, Serialize, Deserialize)]
-pub struct Credentials {
+pub(crate) struct Credentials {
     /// Identity endpoint, `https://ADDRESS:PORT/identity/v3`.
-    pub auth_url: String,
+    pub(crate) auth_url: String,
     /// User name in the domain `Default`.
-    pub username: String,
+    pub(crate) username: String,
     /// Its password.
-    pub password: String,
+    pub(crate) password: String,
     /// Project name in the domain `Default`.
-    pub project_name: String,
+    pub(crate) project_name: String,
     /// File with the authority's certificate.
-    pub cacert: PathBuf,
+    pub(crate) cacert: PathBuf,
 }
 
 impl Credentials {
     /// Reads `credentials.json`.
-    pub fn read(path: &Path) -> Result<Credentials> {
+    pub(crate) fn read(path: &Path) -> Result<Credentials> {
         let text = fs::read(path)
             .with_context(|| format!("cannot read credentials {}", path.display()))?;
         serde_json::from_slice(&text).with_context(|| format!("{} is malformed", path.display()))
@@ -44,7 +44,7 @@ impl Credentials {
 
 /// A service of the catalog.
 #[derive(Clone, Copy, Debug)]
-pub enum Service {
+pub(crate) enum Service {
     /// `/compute/v2.1`
     Compute,
     /// `/image/v2`
@@ -57,7 +57,7 @@ pub enum Service {
 
 /// A signed-in client of one node.
 #[derive(Clone)]
-pub struct Client {
+pub(crate) struct Client {
     http: reqwest::Client,
     /// `https://ADDRESS:PORT`
     base: String,
@@ -70,7 +70,7 @@ impl Client {
     ///
     /// # Errors
     /// Where the node can't be reached, or the API's own refusal.
-    pub async fn sign_in(credentials: &Credentials) -> Result<Client> {
+    pub(crate) async fn sign_in(credentials: &Credentials) -> Result<Client> {
         let http = http_client(&credentials.cacert)?;
         let base = base_url(&credentials.auth_url)?;
         let body = json!({"auth": {
@@ -98,12 +98,12 @@ impl Client {
     }
 
     /// The same token at another node's API.
-    pub fn at(&self, address: &str) -> Client {
+    pub(crate) fn at(&self, address: &str) -> Client {
         Client { base: format!("https://{address}"), ..self.clone() }
     }
 
     /// The project that the token is for.
-    pub fn project_id(&self) -> &str {
+    pub(crate) fn project_id(&self) -> &str {
         &self.project_id
     }
 
@@ -125,22 +125,22 @@ impl Client {
     }
 
     /// GET, decoded.
-    pub async fn get(&self, service: Service, path: &str) -> Result<Value> {
+    pub(crate) async fn get(&self, service: Service, path: &str) -> Result<Value> {
         json_body(send(self.request(service, Method::GET, path)).await?).await
     }
 
     /// POST, decoded (null for an empty answer).
-    pub async fn post(&self, service: Service, path: &str, body: &Value) -> Result<Value> {
+    pub(crate) async fn post(&self, service: Service, path: &str, body: &Value) -> Result<Value> {
         json_body(send(self.request(service, Method::POST, path).json(body)).await?).await
     }
 
     /// DELETE.
-    pub async fn delete(&self, service: Service, path: &str) -> Result<()> {
+    pub(crate) async fn delete(&self, service: Service, path: &str) -> Result<()> {
         send(self.request(service, Method::DELETE, path)).await.map(drop)
     }
 
     /// Puts an image's content into the catalog.
-    pub async fn upload_image(&self, image_id: &str, content: &'static [u8]) -> Result<()> {
+    pub(crate) async fn upload_image(&self, image_id: &str, content: &'static [u8]) -> Result<()> {
         let request = self
             .request(Service::Image, Method::PUT, &format!("images/{image_id}/file"))
             .header("content-type", "application/octet-stream")
@@ -149,7 +149,7 @@ impl Client {
     }
 
     /// A server's console log.
-    pub async fn console_log(&self, server_id: &str) -> Result<String> {
+    pub(crate) async fn console_log(&self, server_id: &str) -> Result<String> {
         let path = format!("servers/{server_id}/action");
         let answer =
             self.post(Service::Compute, &path, &json!({"os-getConsoleOutput": {}})).await?;
@@ -157,7 +157,7 @@ impl Client {
     }
 
     /// Deletes and waits until the object is gone.
-    pub async fn delete_and_wait(&self, service: Service, path: &str) -> Result<()> {
+    pub(crate) async fn delete_and_wait(&self, service: Service, path: &str) -> Result<()> {
         match self.delete(service, path).await {
             Err(error) if is_not_found(&error) => return Ok(()),
             result => result?,
@@ -218,12 +218,12 @@ async fn json_body(response: Response) -> Result<Value> {
 }
 
 /// Whether an error is the API's 404.
-pub fn is_not_found(error: &anyhow::Error) -> bool {
+pub(crate) fn is_not_found(error: &anyhow::Error) -> bool {
     error.downcast_ref::<ApiError>().is_some_and(|error| error.status == 404)
 }
 
 /// The string at a JSON pointer of an answer.
-pub fn text(answer: &Value, pointer: &str) -> Result<String> {
+pub(crate) fn text(answer: &Value, pointer: &str) -> Result<String> {
     let value = answer.pointer(pointer).and_then(Value::as_str);
     Ok(value
         .with_context(|| format!("the answer has no string at {pointer}: {answer}"))?

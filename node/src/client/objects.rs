@@ -10,7 +10,7 @@ use super::{Client, text};
 use crate::embedded::GUEST_IMAGE;
 
 /// How long any single wait may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(10);
 
 pub(crate) async fn create_image(client: &Client) -> Result<String> {

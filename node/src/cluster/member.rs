@@ -12,13 +12,13 @@ use tokio::process::{Child, Command};
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// One node of a local cluster, as a process.
-pub struct Member {
+pub(crate) struct Member {
     /// `node1` …
-    pub name: String,
+    pub(crate) name: String,
     /// Its loopback address.
-    pub address: String,
+    pub(crate) address: String,
     /// Its data directory.
-    pub data_directory: PathBuf,
+    pub(crate) data_directory: PathBuf,
     log: PathBuf,
     process: Option<Child>,
 }
@@ -35,17 +35,17 @@ impl Member {
     }
 
     /// Whether its node process was started by us and has not been ended by us.
-    pub fn is_running(&self) -> bool {
+    pub(crate) fn is_running(&self) -> bool {
         self.process.is_some()
     }
 
     /// Where its API answers.
-    pub fn api_address(&self) -> String {
+    pub(crate) fn api_address(&self) -> String {
         format!("{}:8774", self.address)
     }
 
     /// Runs a `trine` command on this member's data directory and returns what it printed.
-    pub async fn trine(&self, arguments: &[&str], input: Option<&str>) -> Result<String> {
+    pub(crate) async fn trine(&self, arguments: &[&str], input: Option<&str>) -> Result<String> {
         let mut child = Command::new(std::env::current_exe()?)
             .args(arguments)
             .arg("--data-dir")
@@ -67,13 +67,13 @@ impl Member {
     }
 
     /// `trine status --json`.
-    pub async fn status(&self) -> Result<Value> {
+    pub(crate) async fn status(&self) -> Result<Value> {
         let text = self.trine(&["status", "--json"], None).await?;
         serde_json::from_str(&text).context("trine status printed no JSON")
     }
 
     /// Starts `trine node` and waits until it serves.
-    pub async fn start(&mut self) -> Result<()> {
+    pub(crate) async fn start(&mut self) -> Result<()> {
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut child = Command::new(std::env::current_exe()?)
             .arg("node")
@@ -123,7 +123,7 @@ impl Member {
     }
 
     /// SIGKILL to the node process, as a crash would end it.
-    pub async fn kill(&mut self) -> Result<()> {
+    pub(crate) async fn kill(&mut self) -> Result<()> {
         if let Some(mut process) = self.process.take() {
             process.kill().await?;
         }
@@ -131,7 +131,7 @@ impl Member {
     }
 
     /// SIGTERM to the node process alone.
-    pub async fn terminate(&mut self) -> Result<()> {
+    pub(crate) async fn terminate(&mut self) -> Result<()> {
         let Some(mut process) = self.process.take() else { return Ok(()) };
         if let Some(pid) = process.id().and_then(|id| i32::try_from(id).ok()) {
             let pid = rustix::process::Pid::from_raw(pid).context("a process id is positive")?;
@@ -142,7 +142,7 @@ impl Member {
     }
 
     /// Ends the node and all that it started.
-    pub async fn end(&mut self) -> Result<()> {
+    pub(crate) async fn end(&mut self) -> Result<()> {
         if !self.is_made() {
             return Ok(());
         }
@@ -154,7 +154,7 @@ impl Member {
     }
 
     /// Removes the data directory and the log.
-    pub fn remove(&self) -> std::io::Result<()> {
+    pub(crate) fn remove(&self) -> std::io::Result<()> {
         if self.data_directory.exists() {
             fs::remove_dir_all(&self.data_directory)?;
         }

@@ -14,25 +14,25 @@ use serde_json::Value;
 
 use crate::client::{Client, Credentials};
 
-pub use member::Member;
+pub(crate) use member::Member;
 
 /// Nodes of a local cluster.
-pub const NODES: usize = 3;
+pub(crate) const NODES: usize = 3;
 
 /// Loopback addresses of a local cluster: `127.a.b.1` … for its nodes, `127.a.(b+1).0/24` for
 /// floating addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Addresses {
+pub(crate) struct Addresses {
     second: u8,
     third: u8,
 }
 
 impl Addresses {
     /// What `trine up` uses, so that its URL can be remembered.
-    pub const DEFAULT: Addresses = Addresses { second: 77, third: 0 };
+    pub(crate) const DEFAULT: Addresses = Addresses { second: 77, third: 0 };
 
     /// Addresses for a cluster that nobody needs to remember, distinct for each process.
-    pub fn of_process(pid: u32) -> Addresses {
+    pub(crate) fn of_process(pid: u32) -> Addresses {
         Addresses { second: 78 + (pid % 128) as u8, third: (pid / 128 % 127) as u8 * 2 }
     }
 
@@ -65,14 +65,14 @@ impl FromStr for Addresses {
 }
 
 /// A cluster of three nodes below one directory.
-pub struct Cluster {
+pub(crate) struct Cluster {
     directory: PathBuf,
     members: Vec<Member>,
 }
 
 impl Cluster {
     /// The members' directories below `directory`, made or not.
-    pub fn at(directory: &Path, addresses: Addresses) -> Result<Cluster> {
+    pub(crate) fn at(directory: &Path, addresses: Addresses) -> Result<Cluster> {
         fs::create_dir_all(directory)
             .with_context(|| format!("cannot make the directory {}", directory.display()))?;
         let directory = directory.canonicalize()?;
@@ -86,12 +86,12 @@ impl Cluster {
     }
 
     /// Whether the cluster was made before: every member has its data directory.
-    pub fn exists(&self) -> bool {
+    pub(crate) fn exists(&self) -> bool {
         self.members.iter().all(Member::is_made)
     }
 
     /// Makes the first node's authority and data directory, and starts it.
-    pub async fn make_first(&mut self, addresses: Addresses) -> Result<()> {
+    pub(crate) async fn make_first(&mut self, addresses: Addresses) -> Result<()> {
         let pool = addresses.floating_pool();
         let first = &mut self.members[0];
         first
@@ -112,7 +112,7 @@ impl Cluster {
     }
 
     /// Lets the member `index` join with a one-time token of the first, and starts it.
-    pub async fn join(&mut self, index: usize) -> Result<()> {
+    pub(crate) async fn join(&mut self, index: usize) -> Result<()> {
         let answer = self.members[0].trine(&["join-token", "--json"], None).await?;
         let answer: Value = serde_json::from_str(&answer).context("join-token printed no JSON")?;
         let token = crate::client::text(&answer, "/token")?;
@@ -124,48 +124,47 @@ impl Cluster {
     }
 
     /// Starts every member that was made before.
-    pub async fn start(&mut self) -> Result<()> {
+    pub(crate) async fn start(&mut self) -> Result<()> {
         // A single node has no quorum and is not ready before a second one runs.
         let starts = self.members.iter_mut().map(Member::start);
         futures::future::try_join_all(starts).await.map(drop)
     }
 
     /// The members, first to last.
-    pub fn members(&self) -> &[Member] {
+    pub(crate) fn members(&self) -> &[Member] {
         &self.members
     }
 
     /// One member.
-    pub fn member_mut(&mut self, index: usize) -> &mut Member {
+    pub(crate) fn member_mut(&mut self, index: usize) -> &mut Member {
         &mut self.members[index]
     }
 
     /// The cluster's directory.
-    pub fn directory(&self) -> &Path {
+    pub(crate) fn directory(&self) -> &Path {
         &self.directory
     }
 
     /// Credentials of the administrator, as the first node keeps them.
-    pub fn credentials(&self) -> Result<Credentials> {
+    pub(crate) fn credentials(&self) -> Result<Credentials> {
         Credentials::read(&self.members[0].data_directory.join("credentials.json"))
     }
 
     /// Signs in at the first node.
-    pub async fn client(&self) -> Result<Client> {
+    pub(crate) async fn client(&self) -> Result<Client> {
         Client::sign_in(&self.credentials()?).await
     }
 
     /// The index of the member that leads, as a member that runs sees it.
-    pub async fn leader(&self) -> Result<usize> {
+    pub(crate) async fn leader(&self) -> Result<usize> {
         let start = Instant::now();
         loop {
             for member in self.members.iter().filter(|member| member.is_running()) {
                 let status = member.status().await?;
                 let leader = status["leader"].as_u64();
-                if let Some(index) = leader.and_then(|id| usize::try_from(id).ok()) {
-                    if (1..=NODES).contains(&index) && self.members[index - 1].is_running() {
-                        return Ok(index - 1);
-                    }
+                let index = leader.and_then(|id| usize::try_from(id).ok()?.checked_sub(1));
+                if index.is_some_and(|index| self.is_running(index)) {
+                    return index.context("the line above looked at it");
                 }
             }
             if start.elapsed() > Duration::from_secs(20) {
@@ -175,8 +174,12 @@ impl Cluster {
         }
     }
 
+    fn is_running(&self, index: usize) -> bool {
+        self.members.get(index).is_some_and(Member::is_running)
+    }
+
     /// Stops the node processes; guests, switches and storage go on.
-    pub async fn stop_nodes(&mut self) -> Result<()> {
+    pub(crate) async fn stop_nodes(&mut self) -> Result<()> {
         for member in &mut self.members {
             member.terminate().await?;
         }
@@ -184,7 +187,7 @@ impl Cluster {
     }
 
     /// Ends everything that belongs to the cluster: guests, switches, storage and nodes.
-    pub async fn end(&mut self) -> Result<()> {
+    pub(crate) async fn end(&mut self) -> Result<()> {
         let mut first_error = None;
         for member in &mut self.members {
             if let Err(error) = member.end().await {

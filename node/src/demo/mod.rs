@@ -19,7 +19,7 @@ use scenario::Scenario;
 #[command(
     after_help = "Examples:\n  trine demo\n  trine demo --keep\n  trine demo --json | tail -n 1"
 )]
-pub struct Args {
+pub(crate) struct Args {
     /// Leaves the cloud running at the end and prints how to use it.
     #[arg(long)]
     keep: bool,
@@ -35,7 +35,7 @@ pub struct Args {
 }
 
 /// Runs the demo to its end; a failed step is the error.
-pub fn run(args: Args) -> Result<()> {
+pub(crate) fn run(args: Args) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         let mut report = Report::new(args.json);

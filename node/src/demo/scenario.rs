@@ -77,7 +77,7 @@ impl<'a> Scenario<'a> {
 
     /// Both guests at once, on different hosts.
     pub(super) async fn boot_guests(&mut self) -> Result<()> {
-        let Scenario { report, client, made, .. } = self;
+        let Scenario { cluster, report, client, made } = self;
         let user_data = [
             guests::first(&made.volume, &made.addresses[1]),
             guests::second(&made.volume, &made.addresses[0]),
@@ -89,7 +89,7 @@ impl<'a> Scenario<'a> {
         }
         for (index, server) in made.servers.iter().enumerate() {
             let name = format!("guest{} boots", index + 1);
-            report.step(&name, wait_active(client, server)).await?;
+            report.step(&name, wait_active(cluster, client, server)).await?;
         }
         report.step("different hosts", different_hosts(client, &made.servers)).await?;
         Ok(())

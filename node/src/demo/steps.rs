@@ -11,7 +11,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::guests;
-use crate::client::objects::{PATIENCE, poll, poll_ok};
+use crate::client::objects::{poll, poll_ok};
 use crate::client::{Client, Service, text};
 use crate::cluster::Cluster;
 
@@ -85,35 +85,32 @@ pub(super) async fn create_server(
     text(&client.post(Compute, "servers", &body).await?, "/server/id")
 }
 
-/// Follows a server to ACTIVE through the states that a client sees.
-pub(super) async fn wait_active(client: &Client, server: &str) -> Result<String> {
-    let mut seen: Vec<String> = Vec::new();
-    let server = poll("the server to become ACTIVE", || async {
-        client.get(Compute, &format!("servers/{server}")).await.map(Some)
-    });
-    let first = server.await?["server"].clone();
-    let id = text(&first, "/id")?;
+/// Follows a server to ACTIVE, and tells what each stage of its start took on its host.
+pub(super) async fn wait_active(
+    cluster: &Cluster,
+    client: &Client,
+    server: &str,
+) -> Result<String> {
     let start = Instant::now();
-    let mut current = first;
-    loop {
-        let status = text(&current, "/status")?;
-        let state = match current["OS-EXT-STS:task_state"].as_str() {
-            Some(task) if status == "BUILD" => task.to_string(),
-            _ => status.clone(),
-        };
-        if seen.last() != Some(&state) {
-            seen.push(state);
-        }
-        match status.as_str() {
-            "ACTIVE" => break,
-            "ERROR" => bail!("the server is in ERROR: {}", current["fault"]["message"]),
-            _ if start.elapsed() > PATIENCE => bail!("still {status} after {PATIENCE:?}"),
-            _ => tokio::time::sleep(Duration::from_millis(1)).await,
-        }
-        current = client.get(Compute, &format!("servers/{id}")).await?["server"].take();
-    }
-    let host = current["OS-EXT-SRV-ATTR:host"].as_str().unwrap_or("a host");
-    Ok(format!("{} on {host}", seen.join(" → ")))
+    let path = format!("servers/{server}");
+    let active = poll("the server to become ACTIVE", || async {
+        let server = client.get(Compute, &path).await?["server"].take();
+        ensure!(server["status"] != "ERROR", "it is in ERROR: {}", server["fault"]["message"]);
+        Ok((server["status"] == "ACTIVE").then_some(server))
+    });
+    let host = text(&active.await?, "/OS-EXT-SRV-ATTR:host")?;
+    let waited = start.elapsed().as_secs_f64() * 1e3;
+    let member = cluster.members().iter().find(|member| member.name == host);
+    let status = member.with_context(|| format!("host {host} is not a node"))?.status().await?;
+    let guests = status["guests"].as_array().cloned().unwrap_or_default();
+    let guest = guests.iter().find(|guest| guest["id"] == server).cloned().unwrap_or_default();
+    let stages = guest["stages"].as_array().cloned().unwrap_or_default();
+    let stages = stages.iter().map(|stage| {
+        let name = stage["stage"].as_str().unwrap_or_default();
+        format!("{name} {:.1} ms → ", stage["ms"].as_f64().unwrap_or_default())
+    });
+    let stages: String = stages.collect();
+    Ok(format!("scheduling → {stages}ACTIVE on {host}, seen after {waited:.0} ms"))
 }
 
 async fn host_of(client: &Client, server: &str) -> Result<String> {
