@@ -40,6 +40,7 @@ pub(crate) fn ping(
         sent: [None; WINDOW],
         next: 0,
         last: None,
+        wanted: count,
         replies: 0,
         micros_min: u64::MAX,
     };
@@ -80,6 +81,7 @@ struct Run {
     sent: [Option<(u16, Instant)>; WINDOW],
     next: u16,
     last: Option<Instant>,
+    wanted: u16,
     replies: u16,
     micros_min: u64,
 }
@@ -87,11 +89,14 @@ struct Run {
 impl Run {
     fn exchange(&mut self, socket: &mut Socket<'static>) {
         let mut answered = false;
-        while let Ok((packet, from)) = socket.recv() {
+        while self.replies < self.wanted {
+            let Ok((packet, from)) = socket.recv() else { break };
             answered |= self.take_reply(packet, from);
         }
         let due = self.last.is_none_or(|last| clock::now().micros_since(last) >= INTERVAL_MICROS);
-        if (answered || due) && socket.can_send() {
+        // A request that waits for its station's MAC is not followed by others: they would all
+        // leave at once, and their times would be those of the wait.
+        if (answered || due) && socket.send_queue() == 0 {
             self.send(socket);
         }
     }

@@ -104,9 +104,12 @@ impl GuestDirectory {
         call(&PathBuf::from(format!("/proc/self/fd/{}/control.sock", directory.as_raw_fd())))
     }
 
-    /// Writes the record anew.
+    /// Writes the record anew, whole or not at all. It is not synced: the guest does not outlive
+    /// a loss of power either.
     pub(crate) fn write(&self, record: &Record) -> io::Result<()> {
-        crate::files::replace(&self.path.join("guest.json"), &serde_json::to_vec(record)?)
+        let partial = self.path.join("guest.json.partial");
+        fs::write(&partial, serde_json::to_vec(record)?)?;
+        fs::rename(partial, self.path.join("guest.json"))
     }
 
     /// The record; `None` where there is none or it makes no sense.

@@ -17,7 +17,7 @@ use super::world::Observation;
 impl Agent {
     pub(super) async fn execute(&self, step: &Step, view: &HostView) -> Result<()> {
         match step {
-            Step::ProgramSwitch => self.program_switch(view).await,
+            Step::ProgramSwitch => self.program_switch().await,
             Step::CreateVolume(id) => self.create_volume(id, view).await,
             Step::ReportVolume(id) => self.report(volume(VolumeCommand::Created(id.clone()))).await,
             Step::DeleteVolume(id) => self.delete_volume(id, view).await,

@@ -72,7 +72,7 @@ impl Agent {
         };
         let networking = async {
             let start = begin(SubState::Networking);
-            self.program_switch(host).await.context("networking")?;
+            self.program_switch().await.context("networking")?;
             anyhow::Ok(start.elapsed())
         };
         let mapping = async {

@@ -100,6 +100,8 @@ struct Inner {
     context: Context,
     world: Mutex<World>,
     wake: Notify,
+    /// Held while the switch gets a program.
+    programming: Mutex<()>,
 }
 
 impl Agent {
@@ -109,7 +111,12 @@ impl Agent {
             .with_context(|| format!("cannot make {}", context.guests.display()))?;
         let world = World::find(&context.guests)?;
         info!(guests = world.guests.len(), "agent: guests found");
-        let inner = Inner { context, world: Mutex::new(world), wake: Notify::new() };
+        let inner = Inner {
+            context,
+            world: Mutex::new(world),
+            wake: Notify::new(),
+            programming: Mutex::new(()),
+        };
         let agent = Agent { inner: Arc::new(inner) };
         agent.watch_found_guests();
         tokio::spawn(agent.clone().follow());

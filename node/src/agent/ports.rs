@@ -1,10 +1,13 @@
 //! The switch: its program and the rings of the guests' ports.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
+use std::sync::PoisonError;
 
 use anyhow::{Context as _, Result};
 use controller::ids::{PortId, ServerId};
-use controller::plan::view::{HostView, ServerView, SwitchView};
+use controller::plan::host_view;
+use controller::plan::view::{HostView, ServerView};
 use tracing::warn;
 
 use super::Agent;
@@ -12,44 +15,45 @@ use super::directory::GuestDirectory;
 use super::program::{Metadata, compile};
 
 impl Agent {
-    pub(super) async fn program_switch(&self, view: &HostView) -> Result<()> {
-        let documents = self.metadata_of_ports(view);
-        let wanted = view.switch.clone();
-        self.blocking(move |agent| agent.put_program(&wanted, &documents)).await
+    /// Puts what the state says now into the switch, which is at least as new as what the step
+    /// was planned on: a slower step never takes back what a faster one did.
+    pub(super) async fn program_switch(&self) -> Result<()> {
+        self.blocking(|agent| {
+            let _one_at_a_time =
+                agent.inner.programming.lock().unwrap_or_else(PoisonError::into_inner);
+            let view = host_view(&agent.context().raft.view(), agent.context().host);
+            agent.put_program(&view)
+        })
+        .await
     }
 
     /// Instance data of every server, as the metadata service shows it.
-    fn metadata_of_ports(&self, view: &HostView) -> std::collections::BTreeMap<ServerId, Metadata> {
-        let mut all = std::collections::BTreeMap::new();
-        for (id, server) in &view.servers {
+    fn metadata_of_servers(&self, view: &HostView) -> BTreeMap<ServerId, Metadata> {
+        let text = |body: &Vec<u8>| String::from_utf8_lossy(body).into_owned();
+        let of_server = |server| -> Metadata {
             let documents = self.instance_documents(server, view);
-            let text = |body: &Vec<u8>| String::from_utf8_lossy(body).into_owned();
-            let documents = documents.iter().map(|(path, body)| (path.clone(), text(body)));
-            all.insert(id.clone(), documents.collect());
-        }
-        all
+            documents.iter().map(|(path, body)| (path.clone(), text(body))).collect()
+        };
+        view.servers.iter().map(|(id, server)| (id.clone(), of_server(server))).collect()
     }
 
-    fn put_program(
-        &self,
-        view: &SwitchView,
-        documents: &std::collections::BTreeMap<ServerId, Metadata>,
-    ) -> Result<()> {
+    fn put_program(&self, view: &HostView) -> Result<()> {
         let revision = self.with_world(|world| {
-            if world.is_programmed(view) {
+            if world.is_programmed(&view.switch) {
                 return None;
             }
             world.revision += 1;
             Some(world.revision)
         });
         let Some(revision) = revision else { return Ok(()) };
-        let program = compile(view, revision, |port| {
+        let documents = self.metadata_of_servers(view);
+        let program = compile(&view.switch, revision, |port| {
             documents.get(&port.server).cloned().unwrap_or_default()
         });
         for failure in self.switch()?.program(&program)? {
             warn!(forward = failure.id, reason = failure.message, "switch: a forward is closed");
         }
-        self.with_world(|world| world.programmed(view.clone()));
+        self.with_world(|world| world.programmed(view.switch.clone()));
         Ok(())
     }
 

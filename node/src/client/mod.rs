@@ -2,6 +2,7 @@
 //! the benchmarks use it; nothing in it knows how the server works.
 
 mod error;
+mod https;
 pub(crate) mod objects;
 
 use std::fs;
@@ -9,11 +10,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use reqwest::{Method, RequestBuilder, Response};
+use bytes::Bytes;
+use http::request::Builder;
+use http::{Method, Request, Response};
+use http_body_util::Full;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub(crate) use error::ApiError;
+use https::Https;
 
 /// Newest compute microversion whose shapes this client knows.
 const COMPUTE_MICROVERSION: &str = "2.64";
@@ -58,9 +63,9 @@ pub(crate) enum Service {
 /// A signed-in client of one node.
 #[derive(Clone)]
 pub(crate) struct Client {
-    http: reqwest::Client,
-    /// `https://ADDRESS:PORT`
-    base: String,
+    https: Https,
+    /// `ADDRESS:PORT`
+    authority: String,
     token: String,
     project_id: String,
 }
@@ -71,8 +76,8 @@ impl Client {
     /// # Errors
     /// Where the node can't be reached, or the API's own refusal.
     pub(crate) async fn sign_in(credentials: &Credentials) -> Result<Client> {
-        let http = http_client(&credentials.cacert)?;
-        let base = base_url(&credentials.auth_url)?;
+        let https = Https::new(&credentials.cacert)?;
+        let authority = authority(&credentials.auth_url)?;
         let body = json!({"auth": {
             "identity": {"methods": ["password"], "password": {"user": {
                 "name": credentials.username,
@@ -84,22 +89,20 @@ impl Client {
                 "domain": {"name": "Default"},
             }},
         }});
-        let request = http.post(format!("{}/auth/tokens", credentials.auth_url)).json(&body);
-        let response = send(request).await?;
-        let token = response
-            .headers()
-            .get("x-subject-token")
-            .and_then(|value| value.to_str().ok())
-            .context("the answer to sign-in carries no X-Subject-Token")?
-            .to_string();
-        let body: Value = response.json().await?;
-        let project_id = text(&body, "/token/project/id")?;
-        Ok(Client { http, base, token, project_id })
+        let mut client =
+            Client { https, authority, token: String::new(), project_id: String::new() };
+        let request = Request::post("/identity/v3/auth/tokens");
+        let response = client.send(request, Content::Json(&body)).await?;
+        let token = response.headers().get("x-subject-token");
+        let token = token.context("the answer to sign-in carries no X-Subject-Token")?;
+        client.token = token.to_str()?.to_string();
+        client.project_id = text(&decoded(&response)?, "/token/project/id")?;
+        Ok(client)
     }
 
     /// The same token at another node's API.
     pub(crate) fn at(&self, address: &str) -> Client {
-        Client { base: format!("https://{address}"), ..self.clone() }
+        Client { authority: address.to_string(), ..self.clone() }
     }
 
     /// The project that the token is for.
@@ -107,15 +110,15 @@ impl Client {
         &self.project_id
     }
 
-    fn request(&self, service: Service, method: Method, path: &str) -> RequestBuilder {
-        let Client { base, project_id, .. } = self;
-        let url = match service {
-            Service::Compute => format!("{base}/compute/v2.1/{path}"),
-            Service::Image => format!("{base}/image/v2/{path}"),
-            Service::Network => format!("{base}/networking/v2.0/{path}"),
-            Service::Volume => format!("{base}/volume/v3/{project_id}/{path}"),
+    fn request(&self, service: Service, method: Method, path: &str) -> Builder {
+        let path = match service {
+            Service::Compute => format!("/compute/v2.1/{path}"),
+            Service::Image => format!("/image/v2/{path}"),
+            Service::Network => format!("/networking/v2.0/{path}"),
+            Service::Volume => format!("/volume/v3/{}/{path}", self.project_id),
         };
-        let request = self.http.request(method, url).header("x-auth-token", &self.token);
+        let request = Request::builder().method(method).uri(path);
+        let request = request.header("x-auth-token", &self.token);
         match service {
             Service::Compute => {
                 request.header("openstack-api-version", format!("compute {COMPUTE_MICROVERSION}"))
@@ -124,28 +127,50 @@ impl Client {
         }
     }
 
+    async fn send(&self, request: Builder, content: Content<'_>) -> Result<Response<Bytes>> {
+        let request = request.header("host", &self.authority);
+        let request = match content {
+            Content::Nothing => request.body(Full::default()),
+            Content::Json(body) => request
+                .header("content-type", "application/json")
+                .body(Full::new(Bytes::from(body.to_string()))),
+            Content::Octets(content) => request
+                .header("content-type", "application/octet-stream")
+                .body(Full::new(Bytes::from_static(content))),
+        }?;
+        let what = format!("{} {}", request.method(), request.uri().path());
+        let response = self.https.send(&self.authority, request).await;
+        let response = response.with_context(|| format!("{what}: the node did not answer"))?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let body = String::from_utf8_lossy(response.body());
+        Err(ApiError::new(what, response.status().as_u16(), &body).into())
+    }
+
     /// GET, decoded.
     pub(crate) async fn get(&self, service: Service, path: &str) -> Result<Value> {
-        json_body(send(self.request(service, Method::GET, path)).await?).await
+        let request = self.request(service, Method::GET, path);
+        decoded(&self.send(request, Content::Nothing).await?)
     }
 
     /// POST, decoded (null for an empty answer).
     pub(crate) async fn post(&self, service: Service, path: &str, body: &Value) -> Result<Value> {
-        json_body(send(self.request(service, Method::POST, path).json(body)).await?).await
+        let request = self.request(service, Method::POST, path);
+        decoded(&self.send(request, Content::Json(body)).await?)
     }
 
     /// DELETE.
     pub(crate) async fn delete(&self, service: Service, path: &str) -> Result<()> {
-        send(self.request(service, Method::DELETE, path)).await.map(drop)
+        let request = self.request(service, Method::DELETE, path);
+        self.send(request, Content::Nothing).await.map(drop)
     }
 
     /// Puts an image's content into the catalog.
     pub(crate) async fn upload_image(&self, image_id: &str, content: &'static [u8]) -> Result<()> {
-        let request = self
-            .request(Service::Image, Method::PUT, &format!("images/{image_id}/file"))
-            .header("content-type", "application/octet-stream")
-            .body(content);
-        send(request).await.map(drop)
+        let path = format!("images/{image_id}/file");
+        let request = self.request(Service::Image, Method::PUT, &path);
+        self.send(request, Content::Octets(content)).await.map(drop)
     }
 
     /// A server's console log.
@@ -176,45 +201,25 @@ impl Client {
     }
 }
 
-fn http_client(cacert: &Path) -> Result<reqwest::Client> {
-    let pem = fs::read(cacert).with_context(|| format!("cannot read {}", cacert.display()))?;
-    let authority = reqwest::Certificate::from_pem(&pem)
-        .with_context(|| format!("{} is no PEM certificate", cacert.display()))?;
-    Ok(reqwest::Client::builder()
-        .tls_certs_only([authority])
-        .no_proxy()
-        .tcp_nodelay(true)
-        .timeout(Duration::from_secs(60))
-        .build()?)
+/// What a request carries.
+enum Content<'a> {
+    Nothing,
+    Json(&'a Value),
+    Octets(&'static [u8]),
 }
 
-fn base_url(auth_url: &str) -> Result<String> {
-    let base = auth_url
-        .strip_suffix("/identity/v3")
-        .with_context(|| format!("auth_url {auth_url:?} must end in /identity/v3"))?;
-    Ok(base.to_string())
+fn authority(auth_url: &str) -> Result<String> {
+    let inner = auth_url.strip_prefix("https://");
+    let authority = inner.and_then(|inner| inner.strip_suffix("/identity/v3"));
+    let rule = "must be https://ADDRESS:PORT/identity/v3";
+    Ok(authority.with_context(|| format!("auth_url {auth_url:?} {rule}"))?.to_string())
 }
 
-async fn send(request: RequestBuilder) -> Result<Response> {
-    let (http, request) = request.build_split();
-    let request = request?;
-    let what = format!("{} {}", request.method(), request.url().path());
-    let response =
-        http.execute(request).await.with_context(|| format!("{what}: the node did not answer"))?;
-    if response.status().is_success() {
-        return Ok(response);
-    }
-    let status = response.status().as_u16();
-    let body = response.text().await.unwrap_or_default();
-    Err(ApiError::new(what, status, &body).into())
-}
-
-async fn json_body(response: Response) -> Result<Value> {
-    let body = response.bytes().await?;
-    if body.is_empty() {
+fn decoded(response: &Response<Bytes>) -> Result<Value> {
+    if response.body().is_empty() {
         return Ok(Value::Null);
     }
-    serde_json::from_slice(&body).context("the answer is not JSON")
+    serde_json::from_slice(response.body()).context("the answer is not JSON")
 }
 
 /// Whether an error is the API's 404.
