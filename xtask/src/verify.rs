@@ -94,7 +94,13 @@ fn guest() -> Result<()> {
 fn test() -> Result<()> {
     shell::run(shell::cargo().args(["build", "--locked", "--workspace", "--bins"]))?;
     if which("cargo-nextest") {
-        shell::run(shell::cargo().args(["nextest", "run", "--locked", "--workspace"]))?;
+        shell::run(shell::cargo().args([
+            "nextest",
+            "run",
+            "--locked",
+            "--workspace",
+            "--no-fail-fast",
+        ]))?;
     } else {
         shell::run(shell::cargo().args(["test", "--locked", "--workspace", "--all-targets"]))?;
     }

@@ -171,7 +171,7 @@ impl Suite {
             let fault = value["fault"].to_string();
             text(value, "status") == "ERROR"
                 && fault.contains("No valid host")
-                && fault.to_lowercase().contains("ram")
+                && fault.contains("MEMORY_MB")
         });
         self.done("server delete --wait cli-giant");
         self.done("flavor delete cli.huge");
