@@ -41,6 +41,7 @@ pub(crate) fn get<T>(
 fn fetch(world: &mut World, url: &Url, deadline: Instant) -> Result<Response, String> {
     let network = world.network.as_mut().ok_or("no network device")?;
     let generation = network.generation();
+    network.ask_for(url.address.into(), clock::now());
     let socket = connect(network, url)?;
     let result = transfer(world, generation, socket, url, deadline);
     if let Ok(network) = world.network_of(generation) {

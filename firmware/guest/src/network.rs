@@ -12,9 +12,13 @@ use runtime::{boot, cpu, println};
 use smoltcp::iface::{
     Config, Interface, PollIngressSingleResult, PollResult, Route, SocketHandle, SocketSet,
 };
+use smoltcp::phy::{Device as _, TxToken as _};
 use smoltcp::socket::dhcpv4;
 use smoltcp::time::{Duration, Instant as StackInstant};
-use smoltcp::wire::{EthernetAddress, HardwareAddress, IpCidr, Ipv4Cidr};
+use smoltcp::wire::{
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol,
+    HardwareAddress, IpCidr, Ipv4Cidr,
+};
 
 /// Where instance metadata is served.
 pub(crate) const METADATA_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -114,6 +118,31 @@ impl Network {
 
     pub(crate) fn has_address(&self) -> bool {
         self.address.is_some()
+    }
+
+    /// Asks for the MAC of a station of our subnet, ahead of the first packet to it. The stack
+    /// itself asks at most once a second, whichever station it is for, so that the second one
+    /// would wait for a second; an answer to our question is as good to it.
+    pub(crate) fn ask_for(&mut self, station: Ipv4Addr, now: Instant) {
+        let Some(own) = self.address.filter(|own| own.contains_addr(&station)) else { return };
+        let request = ArpRepr::EthernetIpv4 {
+            operation: ArpOperation::Request,
+            source_hardware_addr: EthernetAddress(self.device.mac()),
+            source_protocol_addr: own.address(),
+            target_hardware_addr: EthernetAddress([0; 6]),
+            target_protocol_addr: station,
+        };
+        let length = EthernetFrame::<&[u8]>::header_len() + request.buffer_len();
+        let source = EthernetAddress(self.device.mac());
+        let Some(token) = self.device.transmit(stack_time(now)) else { return };
+        token.consume(length, |bytes| {
+            let mut frame = EthernetFrame::new_unchecked(bytes);
+            frame.set_src_addr(source);
+            frame.set_dst_addr(EthernetAddress::BROADCAST);
+            frame.set_ethertype(EthernetProtocol::Arp);
+            request.emit(&mut ArpPacket::new_unchecked(frame.payload_mut()));
+        });
+        self.device.flush();
     }
 
     /// A local port for a new connection.

@@ -28,6 +28,7 @@ pub(crate) fn ping(
         return Err("the guest has no address".into());
     }
     let generation = network.generation();
+    network.ask_for(address.into(), clock::now());
     let identifier = cpu::tsc() as u16 | 1;
     let mut socket = Socket::new(buffer(), buffer());
     socket
