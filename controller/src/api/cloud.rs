@@ -148,7 +148,4 @@ pub trait Cloud: Send + Sync + 'static {
 
     /// The keys of tokens.
     fn token_keys(&self) -> TokenKeys;
-
-    /// What this node knows of the cluster's health, for operators.
-    fn cluster_status(&self) -> serde_json::Value;
 }

@@ -215,10 +215,6 @@ impl Cloud for Memory {
     fn token_keys(&self) -> TokenKeys {
         TokenKeys { keys: vec![[9; 32]] }
     }
-
-    fn cluster_status(&self) -> Value {
-        json!({})
-    }
 }
 
 /// An answer.

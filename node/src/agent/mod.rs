@@ -134,6 +134,11 @@ impl Agent {
         directory.console(limit.min(CONSOLE_BYTES_MAX)).context("cannot read the console log")
     }
 
+    /// How tightly guests are closed on this host, in words.
+    pub(crate) fn sandbox(&self) -> String {
+        self.context().spawner.sandbox()
+    }
+
     /// How far the start of a guest has come, while it is being started here.
     pub(crate) fn sub_state(&self, server: &ServerId) -> Option<SubState> {
         self.with_world(|world| world.starting.get(server).copied())

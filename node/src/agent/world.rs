@@ -51,6 +51,7 @@ pub(super) struct World {
     switch_instance: Option<String>,
     programmed: Option<SwitchView>,
     attached: BTreeMap<PortId, u64>,
+    rejected: Vec<netstack::control::RejectedPort>,
     busy: BTreeSet<String>,
     failed: BTreeMap<String, Failure>,
     /// Guests that are being started.
@@ -76,6 +77,7 @@ impl World {
             switch_instance: None,
             programmed: None,
             attached: BTreeMap::new(),
+            rejected: Vec::new(),
             busy: BTreeSet::new(),
             failed: BTreeMap::new(),
             starting: BTreeMap::new(),
@@ -175,6 +177,12 @@ impl World {
         if self.switch_instance.as_ref() != Some(&status.instance) {
             self.switch_instance = Some(status.instance.clone());
             self.programmed = None;
+        }
+        if self.rejected != status.ports_rejected {
+            for port in &status.ports_rejected {
+                warn!(port = port.port_id, reason = port.message, "switch: a port is left out");
+            }
+            self.rejected = status.ports_rejected.clone();
         }
         let attached = status.ports_attached.iter();
         self.attached =

@@ -1,7 +1,7 @@
 //! What the API asks of the node it runs in.
 
 use super::calls::{PeerAnswer, PeerCall};
-use super::{Node, images, status};
+use super::{Node, images};
 use async_trait::async_trait;
 use controller::api::{
     BodyStream, Cloud, CloudError, ProposeError, SubState, TokenKeys, Unavailable, UploadedImage,
@@ -137,10 +137,6 @@ impl Cloud for NodeCloud {
 
     fn token_keys(&self) -> TokenKeys {
         TokenKeys { keys: vec![self.node.derived_key("tokens")] }
-    }
-
-    fn cluster_status(&self) -> serde_json::Value {
-        status::cluster_status(&self.node)
     }
 }
 

@@ -11,15 +11,17 @@ pub(super) fn status(node: &Node) -> Value {
         json!({"name": process.name, "pid": process.pid(), "state": state})
     });
     status["processes"] = processes.collect();
-    status["guests"] = match node.agent() {
-        Ok(agent) => serde_json::to_value(agent.guests()).unwrap_or_default(),
-        Err(_) => json!([]),
-    };
+    if let Ok(agent) = node.agent() {
+        status["guests"] = serde_json::to_value(agent.guests()).unwrap_or_default();
+        status["sandbox"] = agent.sandbox().into();
+    } else {
+        status["guests"] = json!([]);
+    }
     status
 }
 
 /// What this node knows of the cluster.
-pub(super) fn cluster_status(node: &Node) -> Value {
+fn cluster_status(node: &Node) -> Value {
     let Ok(raft) = node.raft() else {
         return json!({"node_id": node.config.node_id, "leader": null, "starting": true});
     };

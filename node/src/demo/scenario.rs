@@ -17,7 +17,10 @@ pub(super) async fn make_cluster(
     report
         .step("trine init, trine node (node1)", async {
             cluster.make_first(addresses).await?;
-            Ok(format!("https://{}", cluster.members()[0].api_address()))
+            let first = &cluster.members()[0];
+            let status = first.status().await?;
+            let sandbox = status["sandbox"].as_str().unwrap_or("unknown");
+            Ok(format!("https://{}, guests closed in: {sandbox}", first.api_address()))
         })
         .await?;
     for index in 1..NODES {
