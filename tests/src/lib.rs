@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod cloud;
+pub mod linearizability;
 
 use std::path::{Path, PathBuf};
 
