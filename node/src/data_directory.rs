@@ -109,8 +109,8 @@ impl DataDirectory {
         Ok(())
     }
 
-    /// Reads keys and certificates.
-    pub(crate) fn secrets(&self) -> Result<Secrets> {
+    /// Reads keys and certificates of the cluster.
+    pub(crate) fn secrets(&self, cluster_id: &str) -> Result<Secrets> {
         let read = |name: &str| {
             let path = self.root.join(name);
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
@@ -125,7 +125,7 @@ impl DataDirectory {
             },
         )?;
         Ok(Secrets {
-            authority: Authority::from_pem(read("ca.pem")?, read("ca-key.pem")?),
+            authority: Authority::from_pem(cluster_id, read("ca.pem")?, read("ca-key.pem")?),
             key_pem: read("node-key.pem")?,
             certificate_pem: read("node.pem")?,
             cluster_key,
@@ -177,7 +177,7 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("a/node1");
         let made = create(&path, Vec::new()).unwrap();
-        let secrets = made.secrets().unwrap();
+        let secrets = made.secrets("c").unwrap();
         assert_eq!(secrets.cluster_key, [9; 32]);
         assert_eq!(secrets.key_pem, "key");
         assert_eq!(NodeConfig::read(made.root()).unwrap(), config::example());

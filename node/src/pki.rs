@@ -2,9 +2,9 @@
 //! the DNS name `node-ID.CLUSTER.trine`; its address is in it for clients of the API.
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
-    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType,
-    date_time_ymd,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, PublicKeyData, SanType,
+    SignatureAlgorithm, date_time_ymd,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -23,6 +23,9 @@ pub(crate) enum Error {
         #[source]
         source: rcgen::Error,
     },
+    /// A public key that is none.
+    #[error("the public key must be a point of P-256, 65 bytes in hexadecimal")]
+    PublicKey,
     /// A PEM text that is none.
     #[error("the {what} is no PEM text of its kind")]
     Pem {
@@ -41,6 +44,7 @@ fn act<T>(act: &'static str, result: Result<T, rcgen::Error>) -> Result<T, Error
 /// The authority of a cluster: certificate and key, PEM. Its `Debug` shows no key.
 #[derive(Clone)]
 pub(crate) struct Authority {
+    cluster_id: String,
     /// The certificate.
     pub(crate) certificate_pem: String,
     key_pem: String,
@@ -56,18 +60,21 @@ impl Authority {
     /// A new authority for a cluster.
     pub(crate) fn create(cluster_id: &str) -> Result<Authority, Error> {
         let key = act("make the authority's key", KeyPair::generate())?;
-        let mut params = act("make the authority", CertificateParams::new(Vec::new()))?;
-        params.distinguished_name = name(&format!("trine {cluster_id}"));
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        validity(&mut params);
-        let certificate = act("sign the authority", params.self_signed(&key))?;
-        Ok(Authority { certificate_pem: certificate.pem(), key_pem: key.serialize_pem() })
+        let certificate = act("sign the authority", authority(cluster_id)?.self_signed(&key))?;
+        Ok(Authority {
+            cluster_id: cluster_id.to_owned(),
+            certificate_pem: certificate.pem(),
+            key_pem: key.serialize_pem(),
+        })
     }
 
-    /// An authority from its files.
-    pub(crate) fn from_pem(certificate_pem: String, key_pem: String) -> Authority {
-        Authority { certificate_pem, key_pem }
+    /// A cluster's authority from its files.
+    pub(crate) fn from_pem(
+        cluster_id: &str,
+        certificate_pem: String,
+        key_pem: String,
+    ) -> Authority {
+        Authority { cluster_id: cluster_id.to_owned(), certificate_pem, key_pem }
     }
 
     /// The key, for its file and for a node that joins.
@@ -75,14 +82,12 @@ impl Authority {
         &self.key_pem
     }
 
-    /// Signs a node's certificate for the key of `request`. Nothing else of the request is used:
-    /// who the node is, the authority says.
-    pub(crate) fn issue(&self, request_pem: &str, node: &NodeIdentity) -> Result<String, Error> {
-        let request = CertificateSigningRequestParams::from_pem(request_pem);
-        let request = act("read the certificate request", request)?;
+    /// Signs a node's certificate for its key. Who claims another's key gets a certificate that is
+    /// of no use without the private part.
+    pub(crate) fn issue(&self, public_key: &str, node: &NodeIdentity) -> Result<String, Error> {
+        let public_key: NodePublicKey = public_key.parse()?;
         let key = act("read the authority's key", KeyPair::from_pem(&self.key_pem))?;
-        let issuer = Issuer::from_ca_cert_pem(&self.certificate_pem, key);
-        let issuer = act("read the authority's certificate", issuer)?;
+        let issuer = Issuer::new(authority(&self.cluster_id)?, key);
         let names = vec![node.server_name()];
         let mut params = act("name the node", CertificateParams::new(names))?;
         params.subject_alt_names.push(SanType::IpAddress(node.address));
@@ -92,7 +97,7 @@ impl Authority {
             vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         validity(&mut params);
-        let certificate = params.signed_by(&request.public_key, &issuer);
+        let certificate = params.signed_by(&public_key, &issuer);
         Ok(act("sign the node's certificate", certificate)?.pem())
     }
 }
@@ -120,23 +125,55 @@ pub(crate) fn server_name(node_id: u64, cluster_id: &str) -> String {
     format!("node-{node_id}.{cluster_id}.trine")
 }
 
-/// A node's key and the request for its certificate.
+/// A node's key.
 pub(crate) struct NodeKey {
     /// The private key, PEM.
     pub(crate) key_pem: String,
-    /// The request, PEM.
-    pub(crate) request_pem: String,
+    /// The public key: a point of P-256, hexadecimal.
+    pub(crate) public_key: String,
 }
 
 impl NodeKey {
     /// A new key.
     pub(crate) fn create() -> Result<NodeKey, Error> {
         let key = act("make the node's key", KeyPair::generate())?;
-        let params = act("make a certificate request", CertificateParams::new(Vec::new()))?;
-        let request = act("make a certificate request", params.serialize_request(&key))?;
-        let request_pem = act("make a certificate request", request.pem())?;
-        Ok(NodeKey { key_pem: key.serialize_pem(), request_pem })
+        Ok(NodeKey { key_pem: key.serialize_pem(), public_key: hex::encode(key.der_bytes()) })
     }
+}
+
+/// A public key that a node sent: an uncompressed point of P-256 (SEC 1, section 2.3.3).
+struct NodePublicKey(Vec<u8>);
+
+impl std::str::FromStr for NodePublicKey {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<NodePublicKey, Error> {
+        let point = hex::decode(text).map_err(|_| Error::PublicKey)?;
+        match point.as_slice() {
+            [4, coordinates @ ..] if coordinates.len() == 64 => Ok(NodePublicKey(point)),
+            _ => Err(Error::PublicKey),
+        }
+    }
+}
+
+impl PublicKeyData for NodePublicKey {
+    fn der_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        &PKCS_ECDSA_P256_SHA256
+    }
+}
+
+/// What the authority of a cluster says of itself.
+fn authority(cluster_id: &str) -> Result<CertificateParams, Error> {
+    let mut params = act("make the authority", CertificateParams::new(Vec::new()))?;
+    params.distinguished_name = name(&format!("trine {cluster_id}"));
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    validity(&mut params);
+    Ok(params)
 }
 
 fn name(common_name: &str) -> DistinguishedName {
@@ -195,29 +232,43 @@ mod tests {
     fn a_signed_certificate_serves_tls_with_its_key_only() {
         let authority = Authority::create("c").unwrap();
         let key = NodeKey::create().unwrap();
-        let certificate = authority.issue(&key.request_pem, &identity(1)).unwrap();
+        let certificate = authority.issue(&key.public_key, &identity(1)).unwrap();
         server_tls(&certificate, &key.key_pem, &authority.certificate_pem).unwrap();
         let other = NodeKey::create().unwrap();
         assert!(server_tls(&certificate, &other.key_pem, &authority.certificate_pem).is_err());
     }
 
     #[test]
-    fn names_come_from_the_authority_and_not_from_the_request() {
+    fn a_certificate_is_accepted_by_whoever_trusts_the_authority() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let authority = Authority::create("c").unwrap();
-        let key = KeyPair::generate().unwrap();
-        let claims = CertificateParams::new(vec!["node-1.evil.trine".to_string()]).unwrap();
-        let request = claims.serialize_request(&key).unwrap().pem().unwrap();
-        let certificate = authority.issue(&request, &identity(7)).unwrap();
-        let der = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
-        let contains = |text: &str| der.windows(text.len()).any(|w| w == text.as_bytes());
-        assert!(contains(&identity(7).server_name()));
-        assert!(!contains("evil"));
+        let authority = Authority::from_pem(
+            "c",
+            authority.certificate_pem.clone(),
+            authority.key_pem().to_owned(),
+        );
+        let key = NodeKey::create().unwrap();
+        let pem = authority.issue(&key.public_key, &identity(7)).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        let der = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
+        roots.add(der(&authority.certificate_pem)).unwrap();
+        let verifier = rustls::client::WebPkiServerVerifier::builder(roots.into()).build().unwrap();
+        let check = |name: String| {
+            use rustls::client::danger::ServerCertVerifier;
+            let name = name.try_into().unwrap();
+            let now = rustls::pki_types::UnixTime::now();
+            verifier.verify_server_cert(&der(&pem), &[], &name, &[], now).map(drop)
+        };
+        check(identity(7).server_name()).unwrap();
+        check(identity(8).server_name()).unwrap_err();
     }
 
     #[test]
-    fn a_request_that_is_none_is_refused() {
+    fn a_public_key_that_is_none_is_refused() {
         let authority = Authority::create("c").unwrap();
-        assert!(authority.issue("nonsense", &identity(1)).is_err());
-        assert!(authority.issue(&authority.certificate_pem, &identity(1)).is_err());
+        let compressed = format!("02{}", "11".repeat(32));
+        for text in ["", "nonsense", "04", &compressed, &authority.certificate_pem] {
+            assert!(authority.issue(text, &identity(1)).is_err(), "{text}");
+        }
     }
 }

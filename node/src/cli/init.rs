@@ -51,7 +51,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         node_id: config.node_id,
         address: config.address,
     };
-    let certificate_pem = authority.issue(&key.request_pem, &identity)?;
+    let certificate_pem = authority.issue(&key.public_key, &identity)?;
     let first_start = FirstStart { admin_password: password.clone(), floating_pool };
     let sign_in = SignIn { config: &config, path: &path, password: &password };
     let contents = Contents {

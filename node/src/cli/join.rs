@@ -42,7 +42,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let request = JoinRequest {
         secret: token.secret().to_owned(),
-        request_pem: key.request_pem.clone(),
+        public_key: key.public_key.clone(),
         name: config.name.clone(),
         address: config.address,
         api_port: config.api_port,
@@ -56,7 +56,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
 
     config.node_id = answer.node_id;
     let cluster_key = answer.cluster_key()?;
-    let authority = Authority::from_pem(answer.authority_pem, answer.authority_key_pem);
+    let authority =
+        Authority::from_pem(&config.cluster_id, answer.authority_pem, answer.authority_key_pem);
     let peers = serde_json::to_string(&answer.peers)?;
     let contents = Contents {
         config: &config,

@@ -89,7 +89,7 @@ fn sign(node: &Node, request: &JoinRequest, id: u64) -> Result<String, Refused> 
     };
     node.secrets
         .authority
-        .issue(&request.request_pem, &identity)
+        .issue(&request.public_key, &identity)
         .map_err(|error| Refused(StatusCode::BAD_REQUEST, format!("{error}")))
 }
 

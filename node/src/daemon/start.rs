@@ -90,7 +90,7 @@ fn node(
     directory: DataDirectory,
     runtime_directory: std::path::PathBuf,
 ) -> Result<Node> {
-    let secrets = directory.secrets()?;
+    let secrets = directory.secrets(&config.cluster_id)?;
     let sealer = Sealer::new(super::derived_key(&secrets.cluster_key, "secrets"));
     let supervised = vec![
         switch_process(&config, &directory, &runtime_directory)?,

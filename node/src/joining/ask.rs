@@ -134,7 +134,7 @@ mod tests {
         let authority = Authority::create("c").unwrap();
         let key = NodeKey::create().unwrap();
         let identity = NodeIdentity { cluster_id: "c".into(), node_id: 1, address: api.ip() };
-        let certificate = authority.issue(&key.request_pem, &identity).unwrap();
+        let certificate = authority.issue(&key.public_key, &identity).unwrap();
         let tls = server_tls(&certificate, &key.key_pem, &authority.certificate_pem).unwrap();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -158,7 +158,7 @@ mod tests {
         let config = crate::config::example();
         let request = JoinRequest {
             secret: token.secret().into(),
-            request_pem: String::new(),
+            public_key: String::new(),
             name: "n".into(),
             address: config.address,
             api_port: 1,

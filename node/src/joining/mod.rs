@@ -21,8 +21,8 @@ pub(crate) const PEERS_FILE_NAME: &str = "peers.json";
 pub(crate) struct JoinRequest {
     /// The token's secret.
     pub(crate) secret: String,
-    /// Certificate request for the host's key, PEM.
-    pub(crate) request_pem: String,
+    /// The host's public key: a point of P-256, hexadecimal.
+    pub(crate) public_key: String,
     /// The host's name.
     pub(crate) name: String,
     /// Its address.
