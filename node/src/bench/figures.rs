@@ -88,6 +88,14 @@ impl Figures {
         }
     }
 
+    /// Gives one series its median as a multiple of another's, where both are there.
+    pub(crate) fn relate(&mut self, name: &str, to: &str) {
+        let Some(base_p50) = self.find(to).map(|series| series.p50) else { return };
+        if let Some(series) = self.series.iter_mut().find(|series| series.name == name) {
+            series.ratio_to_floor_p50 = Some(series.p50 / base_p50);
+        }
+    }
+
     /// A series by name.
     pub(crate) fn find(&self, name: &str) -> Option<&Series> {
         self.series.iter().find(|series| series.name == name)

@@ -1,7 +1,13 @@
-//! `trine bench`: figures that name their method, beside a floor measured in the same run.
+//! `trine bench`: figures that name their method, beside a floor or a peer measured in the same run.
 
+mod consensus;
+mod failover;
 mod figures;
 mod launch;
+mod restart;
+
+use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Result;
 
@@ -17,6 +23,18 @@ pub(crate) struct Args {
 
 #[derive(clap::Subcommand)]
 enum Bench {
+    #[command(flatten)]
+    Measured(Measured),
+    /// A member of the cluster that `raft` measures.
+    #[command(hide = true)]
+    ConsensusMember {
+        /// Its file.
+        file: PathBuf,
+    },
+}
+
+#[derive(clap::Subcommand)]
+enum Measured {
     /// Time to launch a guest: the floor that KVM allows, the VMM, and through the API.
     #[command(
         after_help = "Examples:\n  trine bench launch\n  trine bench launch --count 200 --concurrency 4 --json"
@@ -32,18 +50,84 @@ enum Bench {
         #[arg(long)]
         json: bool,
     },
+    /// Time without writes after the leader was killed.
+    #[command(
+        after_help = "Examples:\n  trine bench failover\n  trine bench failover --kills 100 --json"
+    )]
+    Failover {
+        /// How often the leader is killed.
+        #[arg(long, default_value_t = 20)]
+        kills: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Commits a second and their latency, beside etcd where it is installed.
+    #[command(
+        after_help = "Examples:\n  trine bench raft\n  trine bench raft --writers 1,64 --rounds 10 --json\n\nDebian's package for the comparison: etcd-server"
+    )]
+    Raft {
+        /// Rounds of each series.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Length of a round, seconds.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=600))]
+        seconds: u64,
+        /// Numbers of writers.
+        #[arg(long, value_delimiter = ',', default_values_t = [1, 16, 256])]
+        writers: Vec<usize>,
+        /// Leaves etcd out.
+        #[arg(long)]
+        alone: bool,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Time from a node's start to its serving, with many objects.
+    #[command(
+        after_help = "Examples:\n  trine bench restart\n  trine bench restart --objects 100000 --restarts 10 --json"
+    )]
+    Restart {
+        /// Objects in the replicated state.
+        #[arg(long, default_value_t = 100_000)]
+        objects: usize,
+        /// How often the node is killed and started.
+        #[arg(long, default_value_t = 5)]
+        restarts: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Runs a benchmark and prints its figures.
 pub(crate) fn run(args: Args) -> Result<()> {
-    let Bench::Launch { count, concurrency, json } = args.bench;
     let runtime = tokio::runtime::Runtime::new()?;
-    let options = LaunchOptions { count, concurrency };
-    let figures = runtime.block_on(launch::in_own_cloud(&options))?;
+    let (figures, json) = match args.bench {
+        Bench::ConsensusMember { file } => return runtime.block_on(consensus::run_member(&file)),
+        Bench::Measured(bench) => runtime.block_on(measure(bench))?,
+    };
     if json {
         println!("{}", serde_json::to_string(&figures)?);
     } else {
         println!("{}", figures.table());
     }
     Ok(())
+}
+
+async fn measure(bench: Measured) -> Result<(Figures, bool)> {
+    Ok(match bench {
+        Measured::Launch { count, concurrency, json } => {
+            (launch::in_own_cloud(&LaunchOptions { count, concurrency }).await?, json)
+        }
+        Measured::Failover { kills, json } => (failover::failover(kills).await?, json),
+        Measured::Raft { rounds, seconds, writers, alone, json } => {
+            let length = Duration::from_secs(seconds);
+            let options = consensus::Options { rounds, length, writers, alone };
+            (consensus::consensus(&options).await?, json)
+        }
+        Measured::Restart { objects, restarts, json } => {
+            (restart::restart(objects, restarts).await?, json)
+        }
+    })
 }

@@ -36,8 +36,14 @@ impl Addresses {
         Addresses { second: 78 + (pid % 128) as u8, third: (pid / 128 % 127) as u8 * 2 }
     }
 
+    /// A node's address, the first with index 0.
+    pub(crate) fn node_address(self, index: usize) -> std::net::Ipv4Addr {
+        // Never more nodes than a few.
+        std::net::Ipv4Addr::new(127, self.second, self.third, index as u8 + 1)
+    }
+
     fn node(self, index: usize) -> String {
-        format!("127.{}.{}.{}", self.second, self.third, index + 1)
+        self.node_address(index).to_string()
     }
 
     fn floating_pool(self) -> String {
