@@ -191,6 +191,7 @@ impl Sample {
             sample.must(Command::Cluster(ClusterCommand::IssueJoinToken {
                 hash: hash.clone(),
                 expires_ms,
+                replaces: None,
             }));
             let host = Box::new(new_host(number));
             sample.must(Command::Cluster(ClusterCommand::RegisterHost { token_hash: hash, host }));

@@ -528,7 +528,11 @@ fn golden_commands() -> Vec<(&'static str, Command)> {
     vec![
         (
             "cluster",
-            Command::Cluster(ClusterCommand::IssueJoinToken { hash: "aa".into(), expires_ms: 5 }),
+            Command::Cluster(ClusterCommand::IssueJoinToken {
+                hash: "aa".into(),
+                expires_ms: 5,
+                replaces: None,
+            }),
         ),
         ("identity", Command::Identity(IdentityCommand::DeleteUser("u".into()))),
         ("image", Command::Image(ImageCommand::HeldBy { id: "i".into(), host: HostId(2) })),
@@ -640,4 +644,62 @@ fn random_commands_keep_the_invariants_and_two_replicas_agree() {
         assert!(one.state.snapshot() == two.state.snapshot(), "seed {seed}");
         assert!(accepted > 50, "seed {seed}: only {accepted} commands were accepted");
     }
+}
+
+#[test]
+fn a_replaced_host_is_dead_and_its_name_and_address_are_free_for_the_new_one() {
+    let mut sample = Sample::new();
+    let issue = |hash: &str, replaces| {
+        let (hash, expires_ms) = (hash.to_owned(), u64::MAX);
+        Command::Cluster(ClusterCommand::IssueJoinToken { hash, expires_ms, replaces })
+    };
+    let register = |hash: &str, number| {
+        let (token_hash, host) = (hash.to_owned(), Box::new(new_host(number)));
+        Command::Cluster(ClusterCommand::RegisterHost { token_hash, host })
+    };
+    let kind = |result: Result<Outcome, super::Rejection>| result.unwrap_err().kind;
+    assert_eq!(kind(sample.apply(issue("none", Some(HostId(9))))), RejectionKind::NotFound);
+    sample.must(issue("plain", None));
+    assert_eq!(kind(sample.apply(register("plain", 3))), RejectionKind::Conflict);
+    sample.must(issue("a", Some(HostId(3))));
+    sample.must(issue("b", Some(HostId(3))));
+    // Another living host's name stays taken.
+    assert_eq!(kind(sample.apply(register("a", 2))), RejectionKind::Conflict);
+    let Outcome::Host(new) = sample.must(register("a", 3)) else { panic!("no host") };
+    assert_eq!((new.id, new.name.as_str()), (HostId(4), "node3"));
+    let old = &sample.state.cluster.hosts[&HostId(3)];
+    assert_eq!((old.name.as_str(), old.replaced_by), ("node3-replaced-3", Some(HostId(4))));
+    assert!(old.forced_down && old.disabled);
+    // The second token is of no use any more, and the host can't be replaced again.
+    assert_eq!(kind(sample.apply(register("b", 3))), RejectionKind::Conflict);
+    assert_eq!(kind(sample.apply(issue("c", Some(HostId(3))))), RejectionKind::Conflict);
+}
+
+#[test]
+fn an_adopted_state_has_another_cluster_id_and_one_living_host() {
+    let adopt = |cluster_id: &str, survivor, number: Option<u8>| {
+        let host = number.map(|number| Box::new(new_host(number)));
+        let cluster_id = cluster_id.to_owned();
+        Command::Cluster(ClusterCommand::Adopt { cluster_id, survivor, host })
+    };
+    let living = |sample: &Sample| -> Vec<u64> {
+        let hosts = sample.state.cluster.hosts.values();
+        hosts.filter(|host| !host.forced_down).map(|host| host.id.0).collect()
+    };
+    let before = Sample::new();
+    let mut recovered = before.clone();
+    recovered.must(adopt("new", Some(HostId(2)), None));
+    assert_eq!((recovered.state.cluster.id.as_str(), living(&recovered)), ("new", vec![2]));
+
+    let mut restored = before.clone();
+    let Outcome::Host(me) = restored.must(adopt("new", None, Some(3))) else { panic!("no host") };
+    assert_eq!((me.id, me.name.as_str()), (HostId(4), "node3-4"));
+    assert_eq!(living(&restored), [4]);
+
+    let mut refused = before.clone();
+    let same = before.state.cluster.id.clone();
+    assert!(refused.apply(adopt(&same, Some(HostId(2)), None)).is_err());
+    assert!(refused.apply(adopt("new", Some(HostId(9)), None)).is_err());
+    assert!(refused.apply(adopt("new", None, None)).is_err());
+    assert_eq!(refused.state.cluster, before.state.cluster);
 }

@@ -80,7 +80,11 @@ impl Memory {
         };
         memory.must(Command::Cluster(ClusterCommand::Init(Box::new(init))));
         let hash = "00".repeat(32);
-        let token = ClusterCommand::IssueJoinToken { hash: hash.clone(), expires_ms: u64::MAX };
+        let token = ClusterCommand::IssueJoinToken {
+            hash: hash.clone(),
+            expires_ms: u64::MAX,
+            replaces: None,
+        };
         memory.must(Command::Cluster(token));
         let host = Box::new(host("node2", 2000));
         let join = ClusterCommand::RegisterHost { token_hash: hash, host };

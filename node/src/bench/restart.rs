@@ -93,7 +93,7 @@ async fn first_answer(client: &Client) -> Result<()> {
 async fn fill(data_directory: &Path, objects: usize) -> Result<()> {
     let directory = DataDirectory::open(data_directory)?;
     let config = NodeConfig::read(directory.root())?;
-    let secrets = directory.secrets()?;
+    let secrets = directory.secrets(&config.cluster_id)?;
     let settings = raft::Config {
         cluster_id: config.cluster_bytes(),
         node_id: config.node_id,
@@ -158,7 +158,8 @@ fn far_host() -> [Command; 2] {
         },
         capacity: Capacity { vcpus: 1, ram_mib: 1, disk_gib: 1 << 30 },
     };
-    let issue = ClusterCommand::IssueJoinToken { hash: hash.clone(), expires_ms: u64::MAX };
+    let issue =
+        ClusterCommand::IssueJoinToken { hash: hash.clone(), expires_ms: u64::MAX, replaces: None };
     let register = ClusterCommand::RegisterHost { token_hash: hash, host: Box::new(host) };
     [Command::Cluster(issue), Command::Cluster(register)]
 }

@@ -26,7 +26,7 @@ pub(super) async fn issue_token(node: &Arc<Node>, ttl_seconds: u64) -> Result<Va
     let token = JoinToken::create(node.config.api(), &node.config.cluster_id, fingerprint);
     let expires_ms = super::cloud::now_ms().saturating_add(ttl_seconds.saturating_mul(1000));
     let hash = JoinToken::hash(token.secret());
-    let issue = Command::Cluster(ClusterCommand::IssueJoinToken { hash, expires_ms });
+    let issue = Command::Cluster(ClusterCommand::IssueJoinToken { hash, expires_ms, replaces: None });
     match propose(node, &issue).await? {
         Ok(_) => Ok(json!({"token": token.encode(), "expires_ms": expires_ms})),
         Err(rejection) => bail!("the cluster refused: {rejection}"),

@@ -25,8 +25,8 @@ impl State {
     ) -> Result<Outcome, Rejection> {
         match command {
             ClusterCommand::Init(init) => self.init(init),
-            ClusterCommand::IssueJoinToken { hash, expires_ms } => {
-                self.issue_join_token(hash, *expires_ms)
+            ClusterCommand::IssueJoinToken { hash, expires_ms, replaces } => {
+                self.issue_join_token(hash, *expires_ms, *replaces)
             }
             ClusterCommand::RegisterHost { token_hash, host } => {
                 self.register_host(token_hash, host)
@@ -45,6 +45,9 @@ impl State {
                 }
                 host.forced_down = forced_down.unwrap_or(host.forced_down);
                 Ok(Outcome::Host(Box::new(host.clone())))
+            }
+            ClusterCommand::Adopt { cluster_id, survivor, host } => {
+                self.adopt(cluster_id, *survivor, host.as_deref())
             }
         }
     }
@@ -142,7 +145,13 @@ impl State {
         self.ensure_default_group(&project_id);
     }
 
-    fn issue_join_token(&mut self, hash: &str, expires_ms: u64) -> Result<Outcome, Rejection> {
+    fn issue_join_token(
+        &mut self,
+        hash: &str,
+        expires_ms: u64,
+        replaces: Option<HostId>,
+    ) -> Result<Outcome, Rejection> {
+        self.check_replaced(replaces)?;
         if hash.is_empty() || expires_ms <= self.time_ms {
             return Err(Rejection::invalid("join token", "", "The token has already expired."));
         }
@@ -162,7 +171,7 @@ impl State {
         for hash in stale {
             self.cluster.join_tokens.remove(&hash);
         }
-        let token = JoinToken { expires_ms, used_by: None };
+        let token = JoinToken { expires_ms, used_by: None, replaces };
         self.cluster.join_tokens.insert(hash.to_owned(), token);
         Ok(Outcome::Done)
     }
@@ -181,11 +190,14 @@ impl State {
         if token.expires_ms <= self.time_ms {
             return Err(forbidden("This join token has expired; issue another one."));
         }
-        if self.cluster.hosts.values().any(|known| known.name == host.name) {
+        let replaces = token.replaces;
+        self.check_replaced(replaces)?;
+        let others = || self.cluster.hosts.values().filter(|known| Some(known.id) != replaces);
+        if others().any(|known| known.name == host.name) {
             let message = format!("A host named {} is already in the cluster.", host.name);
             return Err(Rejection::conflict("host", &host.name, message));
         }
-        if self.cluster.hosts.values().any(|known| known.addresses.api == host.addresses.api) {
+        if others().any(|known| known.addresses.api == host.addresses.api) {
             let message = format!("A host at {} is already in the cluster.", host.addresses.api);
             return Err(Rejection::conflict("host", &host.name, message));
         }
@@ -194,10 +206,13 @@ impl State {
         if let Some(token) = self.cluster.join_tokens.get_mut(token_hash) {
             token.used_by = Some(host.id);
         }
+        if let Some(old) = replaces {
+            self.replace_host(old, &host);
+        }
         Ok(Outcome::Host(Box::new(host)))
     }
 
-    fn admit(&mut self, host: &NewHost) -> Host {
+    pub(super) fn admit(&mut self, host: &NewHost) -> Host {
         let id = HostId(self.cluster.next_host_id);
         self.cluster.next_host_id += 1;
         let host = Host {
@@ -210,6 +225,7 @@ impl State {
             disabled_reason: None,
             forced_down: false,
             registered_ms: self.time_ms,
+            replaced_by: None,
         };
         self.cluster.hosts.insert(id, host.clone());
         host

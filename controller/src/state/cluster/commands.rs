@@ -18,6 +18,9 @@ pub enum ClusterCommand {
         hash: String,
         /// Until when it is good.
         expires_ms: u64,
+        /// The dead host whose place the new one takes.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        replaces: Option<HostId>,
     },
     /// Admits a host, using up a token. The outcome is the new host.
     RegisterHost {
@@ -45,6 +48,16 @@ pub enum ClusterCommand {
         disabled_reason: Option<String>,
         /// An operator says that it is dead.
         forced_down: Option<bool>,
+    },
+    /// The state goes on under another cluster id: restored from a backup on a new host, or with
+    /// the one host that survived. All other hosts are dead to it.
+    Adopt {
+        /// The new cluster's UUID.
+        cluster_id: String,
+        /// The host that survived …
+        survivor: Option<HostId>,
+        /// … or the new one. The outcome is this host.
+        host: Option<Box<NewHost>>,
     },
 }
 

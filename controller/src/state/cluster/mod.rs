@@ -2,6 +2,7 @@
 
 mod apply;
 mod commands;
+mod replace;
 mod state;
 
 pub use apply::{DEFAULT_DOMAIN, DEFAULT_ZONE, ROLES};

@@ -71,6 +71,9 @@ pub struct Host {
     pub forced_down: bool,
     /// When it joined.
     pub registered_ms: u64,
+    /// The host that takes its place: this one is dead for good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced_by: Option<HostId>,
 }
 
 /// A one-time permission to join.
@@ -80,4 +83,7 @@ pub struct JoinToken {
     pub expires_ms: u64,
     /// The host that used it.
     pub used_by: Option<HostId>,
+    /// The host whose place the new one takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<HostId>,
 }

@@ -57,7 +57,7 @@ impl Members {
                 listen: at(index, RAFT_PORT),
                 load: at(index, LOAD_PORT),
                 ca: authority.certificate_pem.clone(),
-                certificate: authority.issue(&key.request_pem, &identity)?,
+                certificate: authority.issue(&key.public_key, &identity)?,
                 key: key.key_pem.clone(),
                 others,
             };
