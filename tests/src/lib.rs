@@ -1,13 +1,15 @@
 //! End-to-end tests of trine, through its executable and its APIs alone.
 //!
-//! The library holds what starts a cloud of three nodes (`xtask conformance` uses it too); the
-//! tests lie in `tests/`. Nothing here reaches into the product's modules: what a test sees, a
-//! user can see.
+//! The library holds what starts a cloud of three nodes (`xtask conformance` uses it too), torture
+//! (`cargo xtask torture`) and the check of histories; the tests lie in `tests/`. Nothing here reaches
+//! into the product's modules: what a test sees, a user can see. Only `torture/tap.rs` has `unsafe`.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod cloud;
 pub mod linearizability;
+pub mod random;
+pub mod torture;
 
 use std::path::{Path, PathBuf};
 

@@ -22,9 +22,9 @@ pub trait Model {
     /// What the object holds.
     type State: Clone + Eq + Hash + Debug;
     /// What is asked of it.
-    type Call: Debug;
+    type Call: Clone + Debug;
     /// What it said.
-    type Answer: Debug;
+    type Answer: Clone + Debug;
 
     /// The object's state before the first call.
     fn initial(&self, key: &Self::Key) -> Self::State;
@@ -74,10 +74,13 @@ pub struct Operation<C, A> {
     pub outcome: Outcome<A>,
 }
 
+/// Operations on one object.
+type OnOne<M> = Vec<Operation<<M as Model>::Call, <M as Model>::Answer>>;
+
 /// What clients did, as they saw it.
 #[derive(Clone, Debug)]
 pub struct History<M: Model> {
-    operations: BTreeMap<M::Key, Vec<Operation<M::Call, M::Answer>>>,
+    operations: BTreeMap<M::Key, OnOne<M>>,
     count: usize,
 }
 
@@ -106,7 +109,7 @@ impl<M: Model> History<M> {
     }
 
     /// The operations on each object.
-    pub fn by_key(&self) -> &BTreeMap<M::Key, Vec<Operation<M::Call, M::Answer>>> {
+    pub fn by_key(&self) -> &BTreeMap<M::Key, OnOne<M>> {
         &self.operations
     }
 

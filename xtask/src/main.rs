@@ -5,6 +5,7 @@ mod dependencies;
 mod licences;
 mod metadata;
 mod shell;
+mod torture;
 mod verify;
 
 use clap::{Parser, Subcommand};
@@ -30,6 +31,11 @@ enum Command {
         after_help = "Examples:\n  cargo xtask conformance cli\n  cargo xtask conformance cli --keep"
     )]
     Conformance(conformance::Arguments),
+    /// Runs three real nodes under random faults, and checks what clients and guests saw.
+    #[command(
+        after_help = "Examples:\n  cargo xtask torture\n  cargo xtask torture --minutes 30 --seed 7 --json"
+    )]
+    Torture(torture::Arguments),
 }
 
 fn main() -> anyhow::Result<()> {
@@ -37,5 +43,6 @@ fn main() -> anyhow::Result<()> {
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Fix => verify::fix(),
         Command::Conformance(arguments) => conformance::run(&arguments),
+        Command::Torture(arguments) => torture::run(&arguments),
     }
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::random::Random;
 
 type Registers = Register<u8, u64>;
 type RegisterOperation = Operation<RegisterCall<u64>, RegisterAnswer<u64>>;
@@ -113,7 +114,7 @@ fn the_limit_of_steps_ends_the_search_without_a_verdict() {
 
 #[test]
 fn a_thousand_operations_of_eight_clients_take_few_steps() {
-    let mut random = Random(7);
+    let mut random = Random::new(7);
     let operations = simulated(&mut random, 8, 1000, 0);
     assert_eq!(check_one(&Registers::new(0), &0, &operations, 100_000), Verdict::Linearizable);
 }
@@ -121,7 +122,7 @@ fn a_thousand_operations_of_eight_clients_take_few_steps() {
 #[test]
 fn histories_of_a_real_register_are_accepted_whatever_their_order() {
     for seed in 0..300 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let operations = simulated(&mut random, 4, 40, 10);
         good(&operations);
     }
@@ -131,7 +132,7 @@ fn histories_of_a_real_register_are_accepted_whatever_their_order() {
 fn agrees_with_trying_every_order() {
     let (mut accepted, mut refused) = (0, 0);
     for seed in 0..3000 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let mut operations = simulated(&mut random, 3, 6, 15);
         // Most corruptions break the history, some do not: the slow search knows.
         for _ in 0..random.below(3) {
@@ -228,17 +229,4 @@ fn simulated(
         operations.push(Operation { client, call, called, outcome });
     }
     operations
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (mixed ^ (mixed >> 31)) % limit
-    }
 }
