@@ -16,14 +16,18 @@
 
 mod codec;
 mod config;
+pub mod disk;
 mod log_store;
 mod node;
 mod proposals;
 mod reads;
 mod requests;
+#[cfg(any(test, feature = "sim"))]
+pub mod sim_disk;
 mod snapshot;
 mod state_machine;
 mod status;
+mod storage;
 #[cfg(test)]
 mod storage_suite;
 mod transport;

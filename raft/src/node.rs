@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
+    io::{self, Read},
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
     time::Duration,
@@ -24,12 +24,14 @@ use crate::{
     CALL_BYTES_MAX, CallError, Calls, Config, Member, MemberStatus, NodeId, Prepare, ProposeError,
     Proposed, SnapshotError, StateMachine, Status, TlsError, Unavailable, WalError,
     codec::Encoder,
+    disk::HostDisk,
     log_store::{LOG_BYTES_TARGET, LogStore},
     proposals::{Attempt, LeaderError, PROPOSALS_MAX},
     reads::{self, Rounds},
     requests::Incoming,
     snapshot::SnapshotFiles,
     state_machine::{Machine, Published},
+    storage,
     transport::{
         Kind,
         client::{Lane, Peers},
@@ -38,7 +40,7 @@ use crate::{
         tls::TlsContext,
     },
     types::{MemberNode, Types},
-    wal::{Identity, SEGMENT_BYTES, Wal, WalOptions},
+    wal::{Identity, Opened, Wal},
 };
 
 /// Entries sent in one append.
@@ -169,8 +171,13 @@ impl<S: StateMachine> Raft<S> {
         let settings = Arc::new(openraft_config(&config)?);
         let tls = Arc::new(TlsContext::new(config.cluster_id, &config.tls)?);
         tls.check_own_name(&config.tls, config.node_id)?;
-        let (wal, recovered, files) = open_storage(&config).await?;
-        let wal = Arc::new(wal);
+        let (opened, files) = open_storage(&config).await?;
+        let recovered = opened.recovered;
+        if let Some(reason) = opened.healing {
+            return Err(StartError::Restore(reason));
+        }
+        opened.wal.start_thread(opened.writer)?;
+        let wal = Arc::new(opened.wal);
         let (listener, listen) = bind(config.listen).await?;
         let peers = Peers::new(config.node_id, tls.clone());
         let machine = Machine::new(initial, files);
@@ -490,21 +497,24 @@ fn openraft_config(config: &Config) -> Result<openraft::Config, StartError> {
 
 async fn open_storage(
     config: &Config,
-) -> Result<(Wal, crate::wal::Recovered, SnapshotFiles), StartError> {
+) -> Result<(Opened<HostDisk>, SnapshotFiles<HostDisk>), StartError> {
     let identity = Identity { cluster_id: config.cluster_id, node_id: config.node_id };
     let directory = config.directory.clone();
     let opening = move || {
-        let (wal, recovered) = Wal::open(WalOptions {
-            directory: directory.clone(),
-            identity,
-            segment_bytes: SEGMENT_BYTES,
-        })?;
-        let files = SnapshotFiles::open(directory.join("snapshots"), identity)?;
-        Ok((wal, recovered, files))
+        let fresh_incarnation =
+            random_id().map_err(|error| StartError::Config(error.to_string()))?;
+        storage::open(HostDisk, identity, directory, fresh_incarnation)
     };
     tokio::task::spawn_blocking(opening)
         .await
         .unwrap_or_else(|error| Err(StartError::Restore(error.to_string())))
+}
+
+/// Random bytes from the system.
+fn random_id() -> io::Result<[u8; 16]> {
+    let mut id = [0; 16];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut id)?;
+    Ok(id)
 }
 
 async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {

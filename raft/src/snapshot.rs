@@ -6,14 +6,14 @@
 //! ```
 
 use std::{
-    fs::{self, File},
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use crate::{
     codec::{DecodeError, Decoder, Encoder},
+    disk::{self, Disk},
     types::{Snapshot, SnapshotData, SnapshotMeta},
     wal::Identity,
 };
@@ -53,19 +53,29 @@ pub enum SnapshotError {
 
 /// The directory of a node's snapshots.
 #[derive(Debug, Clone)]
-pub(crate) struct SnapshotFiles {
+pub(crate) struct SnapshotFiles<D> {
+    disk: D,
     directory: PathBuf,
     identity: Identity,
 }
 
-impl SnapshotFiles {
-    pub(crate) fn open(directory: PathBuf, identity: Identity) -> Result<Self, SnapshotError> {
-        fs::create_dir_all(&directory).map_err(io_error("create", &directory))?;
-        let files = Self { directory, identity };
+impl<D: Disk> SnapshotFiles<D> {
+    pub(crate) fn open(
+        disk: D,
+        directory: PathBuf,
+        identity: Identity,
+    ) -> Result<Self, SnapshotError> {
+        disk.create_dir(&directory).map_err(io_error("create", &directory))?;
+        let files = Self { disk, directory, identity };
         for path in files.paths(SUFFIX_NEW)? {
-            fs::remove_file(&path).map_err(io_error("remove", &path))?;
+            files.disk.remove(&path).map_err(io_error("remove", &path))?;
         }
         Ok(files)
+    }
+
+    /// A directory that is only read.
+    pub(crate) fn at(disk: D, directory: PathBuf, identity: Identity) -> Self {
+        Self { disk, directory, identity }
     }
 
     /// Makes a snapshot durable, then removes those nobody needs any more.
@@ -81,10 +91,7 @@ impl SnapshotFiles {
         let temporary = self.directory.join(format!("{name}{SUFFIX_NEW}"));
         let path = self.directory.join(format!("{name}{SUFFIX}"));
         let bytes = encode(self.identity, meta, data);
-        write_durably(&temporary, &bytes)
-            .and_then(|()| fs::rename(&temporary, &path))
-            .and_then(|()| File::open(&self.directory)?.sync_all())
-            .map_err(io_error("write", &path))?;
+        disk::replace(&self.disk, &temporary, &path, &bytes).map_err(io_error("write", &path))?;
         self.remove_older()
     }
 
@@ -101,43 +108,29 @@ impl SnapshotFiles {
 
     fn load(&self, path: &Path) -> Result<Snapshot, SnapshotError> {
         let unusable = |reason: String| SnapshotError::Unusable { path: path.to_owned(), reason };
-        let length = fs::metadata(path).map_err(io_error("read", path))?.len();
+        let length = self.disk.len(path).map_err(io_error("read", path))?;
         if length > SNAPSHOT_BYTES_MAX as u64 + (1 << 20) {
             return Err(unusable("it is larger than any snapshot".to_owned()));
         }
-        let bytes = fs::read(path).map_err(io_error("read", path))?;
+        let bytes = self.disk.read(path).map_err(io_error("read", path))?;
         decode(self.identity, &bytes).map_err(|error| unusable(error.to_string()))
     }
 
     fn remove_older(&self) -> Result<(), SnapshotError> {
         let paths = self.paths(SUFFIX)?;
         for path in paths.iter().take(paths.len().saturating_sub(KEPT)) {
-            fs::remove_file(path).map_err(io_error("remove", path))?;
+            self.disk.remove(path).map_err(io_error("remove", path))?;
         }
         Ok(())
     }
 
     /// Files with this ending, oldest first.
     fn paths(&self, suffix: &str) -> Result<Vec<PathBuf>, SnapshotError> {
-        let list = || -> io::Result<Vec<PathBuf>> {
-            let mut paths = Vec::new();
-            for item in fs::read_dir(&self.directory)? {
-                let path = item?.path();
-                if path.to_str().is_some_and(|name| name.ends_with(suffix)) {
-                    paths.push(path);
-                }
-            }
-            paths.sort_unstable();
-            Ok(paths)
-        };
-        list().map_err(io_error("list", &self.directory))
+        let mut paths =
+            self.disk.list(&self.directory).map_err(io_error("list", &self.directory))?;
+        paths.retain(|path| path.to_str().is_some_and(|name| name.ends_with(suffix)));
+        Ok(paths)
     }
-}
-
-fn write_durably(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
 }
 
 fn encode(identity: Identity, meta: &SnapshotMeta, data: &SnapshotData) -> Vec<u8> {
@@ -188,8 +181,13 @@ fn io_error(act: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Snapsho
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
-    use crate::types::{LeaderId, LogId};
+    use crate::{
+        disk::HostDisk,
+        types::{LeaderId, LogId},
+    };
 
     const IDENTITY: Identity = Identity { cluster_id: [9; 16], node_id: 1 };
 
@@ -207,7 +205,8 @@ mod tests {
     #[test]
     fn keeps_the_newest_two_and_falls_back_when_the_newest_is_damaged() {
         let directory = tempfile::tempdir().expect("temporary directory");
-        let files = SnapshotFiles::open(directory.path().to_owned(), IDENTITY).expect("open");
+        let files =
+            SnapshotFiles::open(HostDisk, directory.path().to_owned(), IDENTITY).expect("open");
         for index in [3, 20, 100] {
             files.save(&meta(index), &data(b"state")).expect("save");
         }

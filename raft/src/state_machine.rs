@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::{
     Entry, StateMachine,
+    disk::HostDisk,
     snapshot::{SNAPSHOT_BYTES_MAX, SnapshotFiles},
     types::{
         Command, LogEntry, LogId, Snapshot, SnapshotData, SnapshotMeta, StoredMembership, Types,
@@ -52,11 +53,11 @@ pub(crate) struct Machine<S: StateMachine> {
     membership: StoredMembership,
     time_ms: u64,
     published: Arc<Published<S>>,
-    files: SnapshotFiles,
+    files: SnapshotFiles<HostDisk>,
 }
 
 impl<S: StateMachine> Machine<S> {
-    pub(crate) fn new(state: S, files: SnapshotFiles) -> Self {
+    pub(crate) fn new(state: S, files: SnapshotFiles<HostDisk>) -> Self {
         let published =
             Arc::new(Published { view: RwLock::new(state.view()), applied: watch::Sender::new(0) });
         Self {
@@ -169,7 +170,7 @@ pub(crate) struct Builder<S: StateMachine> {
     view: S::View,
     meta: SnapshotMeta,
     time_ms: u64,
-    files: SnapshotFiles,
+    files: SnapshotFiles<HostDisk>,
 }
 
 impl<S: StateMachine> RaftSnapshotBuilder<Types> for Builder<S> {

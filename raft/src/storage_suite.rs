@@ -8,11 +8,12 @@ use tempfile::TempDir;
 
 use crate::{
     Entry, StateMachine,
+    disk::HostDisk,
     log_store::LogStore,
     snapshot::SnapshotFiles,
     state_machine::Machine,
     types::Types,
-    wal::{Identity, Wal, WalOptions},
+    wal::{Identity, Opening, WalOptions},
 };
 
 /// A state that remembers the indexes it saw.
@@ -45,15 +46,20 @@ impl StoreBuilder<Types, LogStore, Machine<Indexes>, TempDir> for Files {
     async fn build(&self) -> Result<(TempDir, LogStore, Machine<Indexes>), StorageError<Types>> {
         let directory = tempfile::tempdir().expect("temporary directory");
         let identity = Identity { cluster_id: [1; 16], node_id: 0 };
-        let (wal, recovered) = Wal::open(WalOptions {
-            directory: directory.path().to_owned(),
-            identity,
-            segment_bytes: 1 << 16,
-        })
-        .expect("open");
-        let files =
-            SnapshotFiles::open(directory.path().join("snapshots"), identity).expect("open");
-        let log = LogStore::new(wal.into(), recovered);
+        let opening = Opening::begin(
+            HostDisk,
+            WalOptions {
+                directory: directory.path().to_owned(),
+                identity,
+                segment_bytes: 1 << 16,
+                fresh_incarnation: [2; 16],
+            },
+        );
+        let opened = opening.expect("open").finish(None).expect("open");
+        opened.wal.start_thread(opened.writer).expect("start");
+        let files = SnapshotFiles::open(HostDisk, directory.path().join("snapshots"), identity)
+            .expect("open");
+        let log = LogStore::new(opened.wal.into(), opened.recovered);
         Ok((directory, log, Machine::new(Indexes(Vec::new()), files)))
     }
 }
