@@ -16,6 +16,14 @@ use thiserror::Error;
 #[serde(transparent)]
 pub struct Sealed(String);
 
+impl Sealed {
+    /// A sealed secret as the state keeps it.
+    #[cfg(test)]
+    pub(crate) fn from_stored(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
 impl fmt::Debug for Sealed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Sealed({} bytes)", self.0.len())

@@ -279,6 +279,7 @@ impl Context {
 
     /// Carries out a command and answers what came of it.
     pub(crate) async fn propose(&self, command: Command) -> Result<Outcome, ApiError> {
+        self.state.cluster.admits(&command)?;
         let id = *uuid::Uuid::new_v4().as_bytes();
         let outcome = self.api.cloud.propose(id, command).await;
         if let Err(error) = &outcome {

@@ -1,6 +1,6 @@
 //! What the leader adds to a command before it enters the log: placements.
 
-use super::schedule::{InFlight, Liveness, place_server, place_volume};
+use super::schedule::{InFlight, Liveness, place_again, place_server, place_volume};
 use crate::state::compute::ComputeCommand;
 use crate::state::volume::VolumeCommand;
 use crate::state::{Command, State};
@@ -17,6 +17,11 @@ pub fn prepare(
         Command::Compute(ComputeCommand::CreateServer(new)) => {
             in_flight.settle(state);
             place_server(state, liveness, in_flight, new);
+        }
+        Command::Compute(ComputeCommand::EvacuateServer { id, requested_host, placement }) => {
+            in_flight.settle(state);
+            let wanted = requested_host.as_deref();
+            *placement = place_again(state, liveness, in_flight, id, wanted);
         }
         Command::Volume(VolumeCommand::Create(new)) => {
             in_flight.settle(state);

@@ -26,25 +26,52 @@ pub struct Liveness {
 /// Placements that the leader made and that aren't applied yet.
 #[derive(Clone, Debug, Default)]
 pub struct InFlight {
-    servers: BTreeMap<ServerId, (u64, HostId, Promise)>,
+    servers: BTreeMap<ServerId, Promise>,
     volumes: BTreeMap<VolumeId, (u64, HostId, u64)>,
     sequence: u64,
 }
 
 #[derive(Clone, Debug)]
 struct Promise {
+    sequence: u64,
+    host: HostId,
     flavor: Flavor,
     group: Option<ServerGroupId>,
+    /// The host that the server is evacuated from; none for a new one.
+    from: Option<HostId>,
+}
+
+impl Promise {
+    /// True while the state doesn't show what was promised.
+    fn is_open(&self, id: &ServerId, state: &State) -> bool {
+        let server = state.compute.servers.get(id);
+        match self.from {
+            None => server.is_none(),
+            Some(from) => server.is_some_and(|server| server.host == Some(from)),
+        }
+    }
+}
+
+/// What is to be placed.
+#[derive(Clone, Copy, Debug)]
+struct Request<'a> {
+    id: &'a ServerId,
+    flavor: &'a Flavor,
+    group_id: Option<&'a ServerGroupId>,
+    zone: Option<&'a str>,
+    host_name: Option<&'a str>,
+    /// The host that the server is evacuated from; none for a new one.
+    from: Option<HostId>,
 }
 
 impl InFlight {
     /// Forgets what is in the state now, and the oldest above the limit (a placement whose
     /// command never made it into the log).
     pub fn settle(&mut self, state: &State) {
-        self.servers.retain(|id, _| !state.compute.servers.contains_key(id));
+        self.servers.retain(|id, promise| promise.is_open(id, state));
         self.volumes.retain(|id, _| !state.volume.volumes.contains_key(id));
         let oldest = self.sequence.saturating_sub(IN_FLIGHT_MAX as u64);
-        self.servers.retain(|_, (sequence, _, _)| *sequence >= oldest);
+        self.servers.retain(|_, promise| promise.sequence >= oldest);
         self.volumes.retain(|_, (sequence, _, _)| *sequence >= oldest);
     }
 
@@ -54,10 +81,16 @@ impl InFlight {
         self.volumes.remove(id);
     }
 
-    fn promise_server(&mut self, new: &NewServer, host: HostId, flavor: &Flavor) {
+    fn promise_server(&mut self, request: &Request<'_>, host: HostId) {
         self.sequence += 1;
-        let promise = Promise { flavor: flavor.clone(), group: new.group_id.clone() };
-        self.servers.insert(new.id.clone(), (self.sequence, host, promise));
+        let promise = Promise {
+            sequence: self.sequence,
+            host,
+            flavor: request.flavor.clone(),
+            group: request.group_id.cloned(),
+            from: request.from,
+        };
+        self.servers.insert(request.id.clone(), promise);
     }
 
     fn promise_volume(&mut self, new: &NewVolume, host: HostId) {
@@ -68,8 +101,8 @@ impl InFlight {
     /// What a host was promised, except to this server.
     fn promised(&self, host: HostId, except: &ServerId) -> Placed {
         let mut placed = Placed::default();
-        for (id, (_, on, promise)) in &self.servers {
-            if *on == host && id != except {
+        for (id, promise) in &self.servers {
+            if promise.host == host && id != except {
                 placed.servers.insert(id.clone());
                 placed.vcpus += u64::from(promise.flavor.vcpus);
                 placed.ram_mib += promise.flavor.ram_mib;
@@ -92,9 +125,9 @@ impl InFlight {
         let of_group = self
             .servers
             .iter()
-            .filter(|(id, (_, _, promise))| promise.group.as_ref() == Some(group) && *id != except);
-        of_group.fold((0, 0), |(here, elsewhere), (_, (_, on, _))| {
-            if *on == host { (here + 1, elsewhere) } else { (here, elsewhere + 1) }
+            .filter(|(id, promise)| promise.group.as_ref() == Some(group) && *id != except);
+        of_group.fold((0, 0), |(here, elsewhere), (_, promise)| {
+            if promise.host == host { (here + 1, elsewhere) } else { (here, elsewhere + 1) }
         })
     }
 }
@@ -107,22 +140,48 @@ struct Candidate<'a> {
     members: (usize, usize),
 }
 
-/// Chooses a server's host, or says which filter removed which host.
+/// Chooses a new server's host, or says which filter removed which host.
 pub fn schedule(
     state: &State,
     liveness: &Liveness,
     in_flight: &InFlight,
     new: &NewServer,
 ) -> Placement {
-    let Some(flavor) = state.compute.flavors.get(&new.flavor_id) else {
-        return nowhere(vec![format!("flavor {} does not exist", new.flavor_id)], 0);
-    };
-    let group = new.group_id.as_ref().and_then(|id| state.compute.groups.get(id));
+    match request_of(state, new) {
+        Ok(request) => choose(state, liveness, in_flight, &request),
+        Err(nowhere) => nowhere,
+    }
+}
+
+fn request_of<'a>(state: &'a State, new: &'a NewServer) -> Result<Request<'a>, Placement> {
+    let flavor = state
+        .compute
+        .flavors
+        .get(&new.flavor_id)
+        .ok_or_else(|| nowhere(vec![format!("flavor {} does not exist", new.flavor_id)], 0))?;
+    Ok(Request {
+        id: &new.id,
+        flavor,
+        group_id: new.group_id.as_ref(),
+        zone: new.availability_zone.as_deref(),
+        host_name: new.requested_host.as_deref(),
+        from: None,
+    })
+}
+
+fn choose(
+    state: &State,
+    liveness: &Liveness,
+    in_flight: &InFlight,
+    request: &Request<'_>,
+) -> Placement {
+    let group = request.group_id.and_then(|id| state.compute.groups.get(id));
     let mut left: Vec<Candidate<'_>> = state
         .cluster
         .hosts
         .values()
-        .map(|host| candidate(state, in_flight, new, host, group))
+        .filter(|host| Some(host.id) != request.from)
+        .map(|host| candidate(state, in_flight, request, host, group))
         .collect();
     let total = left.len();
     let mut log = Vec::new();
@@ -144,15 +203,15 @@ pub fn schedule(
     };
     filter("ComputeFilter", &|c| unusable(c.host, liveness));
     filter("AvailabilityZoneFilter", &|c| {
-        let wanted = new.availability_zone.as_deref()?;
+        let wanted = request.zone?;
         (wanted != c.host.availability_zone)
             .then(|| format!("is in zone {}, not {wanted}", c.host.availability_zone))
     });
     filter("HostNameFilter", &|c| {
-        let wanted = new.requested_host.as_deref()?;
+        let wanted = request.host_name?;
         (wanted != c.host.name).then(|| format!("{wanted} was asked for"))
     });
-    filter("ResourceFilter", &|c| state.shortage(c.host, flavor, &c.promised));
+    filter("ResourceFilter", &|c| state.shortage(c.host, request.flavor, &c.promised));
     filter("ServerGroupFilter", &|c| group.and_then(|group| group_refuses(group, c)));
     let best = left.iter().max_by_key(|candidate| weight(state, group, candidate));
     match best {
@@ -164,19 +223,23 @@ pub fn schedule(
 fn candidate<'a>(
     state: &State,
     in_flight: &InFlight,
-    new: &NewServer,
+    request: &Request<'_>,
     host: &'a Host,
     group: Option<&ServerGroup>,
 ) -> Candidate<'a> {
     let members = group.map_or((0, 0), |group| {
-        let placed = state.members_on(group, host.id);
-        let promised = in_flight.members_on(&group.id, host.id, &new.id);
+        let moving = request.from.map(|_| request.id);
+        let placed = state.members_on(group, host.id, moving);
+        let promised = in_flight.members_on(&group.id, host.id, request.id);
         (placed.0 + promised.0, placed.1 + promised.1)
     });
-    Candidate { host, promised: in_flight.promised(host.id, &new.id), members }
+    Candidate { host, promised: in_flight.promised(host.id, request.id), members }
 }
 
 fn unusable(host: &Host, liveness: &Liveness) -> Option<String> {
+    if host.fenced.is_some() {
+        return Some("is fenced".into());
+    }
     if host.forced_down {
         return Some("was forced down by an operator".into());
     }
@@ -280,13 +343,49 @@ pub(super) fn place_server(
     in_flight: &mut InFlight,
     new: &mut NewServer,
 ) {
-    let placement = schedule(state, liveness, in_flight, new);
-    if let (Placement::Host(host), Some(flavor)) =
-        (&placement, state.compute.flavors.get(&new.flavor_id))
-    {
-        in_flight.promise_server(new, *host, flavor);
-    }
+    let placement = match request_of(state, new) {
+        Ok(request) => promise(state, liveness, in_flight, &request),
+        Err(nowhere) => nowhere,
+    };
     new.placement = Some(placement);
+}
+
+/// Chooses where a server is made anew, and remembers it until it is in the state. `None` for a
+/// server that isn't on a host.
+pub(super) fn place_again(
+    state: &State,
+    liveness: &Liveness,
+    in_flight: &mut InFlight,
+    id: &ServerId,
+    host_name: Option<&str>,
+) -> Option<Placement> {
+    let server = state.compute.servers.get(id)?;
+    let request = Request {
+        id,
+        flavor: &server.flavor,
+        group_id: server.group_id.as_ref(),
+        zone: server.availability_zone.as_deref(),
+        host_name,
+        from: Some(server.host?),
+    };
+    // What can't move anyway is refused where it is applied; it must not take room here.
+    match state.evacuation_obstacle(server) {
+        Some(_) => Some(choose(state, liveness, in_flight, &request)),
+        None => Some(promise(state, liveness, in_flight, &request)),
+    }
+}
+
+fn promise(
+    state: &State,
+    liveness: &Liveness,
+    in_flight: &mut InFlight,
+    request: &Request<'_>,
+) -> Placement {
+    let placement = choose(state, liveness, in_flight, request);
+    if let Placement::Host(host) = placement {
+        in_flight.promise_server(request, host);
+    }
+    placement
 }
 
 /// Chooses a volume's home, and remembers it until it is in the state.

@@ -8,6 +8,7 @@ use super::cluster::ClusterCommand;
 use super::compute::ComputeCommand;
 use super::identity::IdentityCommand;
 use super::image::ImageCommand;
+use super::level::FEATURE_LEVEL;
 use super::network::NetworkCommand;
 use super::outcome::{Outcome, Rejection};
 use super::quota::QuotaCommand;
@@ -42,6 +43,11 @@ pub enum DecodeError {
     /// Made by a later version.
     #[error("encoded with version {0}, this program reads up to {ENCODING_VERSION}")]
     Version(u16),
+    /// A state that this program would change otherwise than the others.
+    #[error(
+        "the cluster is at feature level {0}, this program supports up to {FEATURE_LEVEL}: install a newer trine on this host"
+    )]
+    FeatureLevel(u32),
     /// Not understood.
     #[error("can't decode")]
     Malformed(#[source] rmp_serde::decode::Error),
@@ -65,7 +71,11 @@ struct Body<T> {
 
 /// Encodes with the version in front.
 pub(crate) fn encode<T: Serialize>(body: &T) -> Vec<u8> {
-    rmp_serde::to_vec_named(&Versioned { version: ENCODING_VERSION, body })
+    encode_as(ENCODING_VERSION, body)
+}
+
+pub(super) fn encode_as<T: Serialize>(version: u16, body: &T) -> Vec<u8> {
+    rmp_serde::to_vec_named(&Versioned { version, body })
         .expect("plain data without a length of its own always encodes")
 }
 

@@ -8,7 +8,7 @@ use super::identity::{IdentityCommand, NewProject};
 use super::image::{ImageCommand, ImageContent, NewImage, Visibility};
 use super::network::{Gateway, NetworkCommand, NewNetwork, NewSubnet};
 use super::volume::{NewVolume, VolumeCommand};
-use super::{Command, Outcome, Rejection, RejectionKind, State};
+use super::{Command, FEATURE_LEVEL, Outcome, Rejection, RejectionKind, State};
 use crate::ids::{HostId, ServerGroupId, ServerId, VolumeId};
 use crate::plan::{InFlight, Liveness, prepare};
 
@@ -37,6 +37,7 @@ pub(crate) fn new_host(number: u8) -> NewHost {
             server_name: format!("node-{number}.test.trine"),
         },
         capacity: Capacity { vcpus: 4, ram_mib: 4096, disk_gib: 100 },
+        feature_level: FEATURE_LEVEL,
     }
 }
 
@@ -49,6 +50,7 @@ pub(crate) fn init() -> Command {
         admin_name: "admin".into(),
         admin_password_hash: "$argon2id$hash".into(),
         floating_pool: "127.77.1.0/24".parse().expect("a range"),
+        feature_level: FEATURE_LEVEL,
     })))
 }
 
@@ -296,6 +298,12 @@ impl Sample {
     pub(crate) fn volume_of(&self, id: &str) -> &super::volume::Volume {
         self.state.volume.volumes.get(&VolumeId::from(id)).expect("the volume is there")
     }
+}
+
+/// The same server without network devices.
+pub(crate) fn without_ports(mut new: NewServer) -> NewServer {
+    new.networks.clear();
+    new
 }
 
 /// A command that makes a server on a host, as if the leader had chosen it.

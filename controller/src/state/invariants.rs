@@ -24,9 +24,31 @@ impl State {
         if self.outcomes.len() > OUTCOMES_MAX {
             return Err(format!("{} outcomes are kept", self.outcomes.len()));
         }
+        self.check_hosts()?;
         let beyond = |id: &HostId| id.0 >= self.cluster.next_host_id;
         match self.cluster.hosts.keys().find(|id| beyond(id)) {
             Some(id) => Err(format!("host {id} has an id that wasn't given out")),
+            None => Ok(()),
+        }
+    }
+
+    fn check_hosts(&self) -> Result<(), String> {
+        for host in self.cluster.hosts.values() {
+            if host.fenced.is_some_and(|epoch| epoch != host.fence_epoch) {
+                return Err(format!(
+                    "host {} is fenced with an epoch that isn't its last",
+                    host.id
+                ));
+            }
+        }
+        let known = |host: &HostId| self.cluster.hosts.contains_key(host);
+        for image in self.image.images.values() {
+            if let Some(stray) = image.hosts.iter().find(|host| !known(host)) {
+                return Err(format!("image {} is on host {stray}, which isn't there", image.id));
+            }
+        }
+        match self.volume.homed.keys().find(|host| !known(host)) {
+            Some(host) => Err(format!("volumes are at home on host {host}, which isn't there")),
             None => Ok(()),
         }
     }
@@ -71,7 +93,11 @@ impl State {
                     .entry(attachment.server_id.clone())
                     .or_default()
                     .insert(volume.id.clone());
-                if !self.compute.servers.contains_key(&attachment.server_id) {
+                let server = self.compute.servers.get(&attachment.server_id);
+                if server.is_some_and(|server| server.host != attachment.host) {
+                    return Err(format!("volume {} is attached on another host", volume.id));
+                }
+                if server.is_none() {
                     return Err(format!(
                         "volume {} is attached to a server that is gone",
                         volume.id

@@ -13,18 +13,24 @@ pub mod volume;
 
 mod command;
 mod invariants;
+mod level;
 pub mod limits;
 mod outcome;
 mod quota;
 
 #[cfg(test)]
+mod fencing_tests;
+#[cfg(test)]
 pub(crate) mod fixture;
+#[cfg(test)]
+mod golden;
 #[cfg(test)]
 mod tests;
 
 use serde::{Deserialize, Serialize};
 
 pub use command::{Command, DecodeError, ENCODING_VERSION, decode_result, encode_result};
+pub use level::FEATURE_LEVEL;
 pub use outcome::{OUTCOMES_MAX, Outcome, Outcomes, Rejection, RejectionKind};
 pub use quota::{QuotaCommand, QuotaResource, Quotas, UNLIMITED};
 
@@ -85,6 +91,9 @@ impl State {
         if self.cluster.id.is_empty() && !starts {
             return Err(Rejection::state("cluster", "", "The cluster isn't initialised yet."));
         }
+        if !starts {
+            self.cluster.admits(command)?;
+        }
         match command {
             Command::Cluster(command) => self.apply_cluster(command),
             Command::Identity(command) => self.apply_identity(command),
@@ -107,8 +116,18 @@ impl State {
     /// The state that a snapshot holds.
     ///
     /// # Errors
-    /// When the bytes are of a later version or damaged.
+    /// When the bytes are of a later version or feature level, or damaged.
     pub fn restore(bytes: &[u8]) -> Result<Self, DecodeError> {
-        command::decode(bytes)
+        let state: Self = command::decode(bytes)?;
+        match state.cluster.feature_level {
+            level if level > FEATURE_LEVEL => Err(DecodeError::FeatureLevel(level)),
+            _ => Ok(state),
+        }
+    }
+
+    /// A digest of everything: equal on every node that has applied the same commands.
+    pub fn state_hash(&self) -> [u8; 32] {
+        use sha2::{Digest, Sha256};
+        Sha256::digest(self.snapshot()).into()
     }
 }

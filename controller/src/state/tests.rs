@@ -7,8 +7,7 @@ use super::compute::{
     ComputeCommand, Desired, GroupPolicy, Placement, PortSource, PowerState, TaskState, VmState,
 };
 use super::fixture::{
-    PROJECT, Sample, USER, init, new_host, new_image, new_network, new_server, new_subnet,
-    new_volume, placed,
+    PROJECT, Sample, USER, init, new_host, new_image, new_server, new_subnet, new_volume, placed,
 };
 use super::identity::{IdentityCommand, NewUser, UserUpdate};
 use super::image::ImageCommand;
@@ -518,50 +517,6 @@ fn a_snapshot_restores_to_the_same_state() {
     let restored = State::restore(&sample.state.snapshot()).expect("its own snapshot");
     assert!(restored == sample.state);
     assert!(State::restore(b"nonsense").is_err());
-}
-
-/// One command of each service, as the log of version 1 holds it. A change here breaks
-/// every log that exists.
-const GOLDEN: &str = include_str!("commands_v1.golden");
-
-fn golden_commands() -> Vec<(&'static str, Command)> {
-    vec![
-        (
-            "cluster",
-            Command::Cluster(ClusterCommand::IssueJoinToken {
-                hash: "aa".into(),
-                expires_ms: 5,
-                replaces: None,
-            }),
-        ),
-        ("identity", Command::Identity(IdentityCommand::DeleteUser("u".into()))),
-        ("image", Command::Image(ImageCommand::HeldBy { id: "i".into(), host: HostId(2) })),
-        (
-            "compute",
-            Command::Compute(ComputeCommand::ServerStarted { id: "s".into(), generation: 3 }),
-        ),
-        ("volume", Command::Volume(detach("v", "s"))),
-        ("network", Command::Network(NetworkCommand::CreateNetwork(Box::new(new_network("n"))))),
-        (
-            "quota",
-            Command::Quota(QuotaCommand::Set {
-                project_id: "p".into(),
-                limits: vec![(QuotaResource::Ram, -1)],
-            }),
-        ),
-    ]
-}
-
-#[test]
-fn the_bytes_of_commands_do_not_change() {
-    let golden: Vec<(&str, &str)> =
-        GOLDEN.lines().filter_map(|line| line.split_once(' ')).collect();
-    assert_eq!(golden.len(), golden_commands().len());
-    for ((service, bytes), (name, command)) in golden.into_iter().zip(golden_commands()) {
-        assert_eq!((service, bytes), (name, hex::encode(command.encode()).as_str()));
-        let bytes = hex::decode(bytes).expect("the file holds hex");
-        assert_eq!(Command::decode(&bytes).ok(), Some(command));
-    }
 }
 
 #[test]

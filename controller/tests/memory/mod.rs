@@ -19,7 +19,7 @@ use controller::seal::Sealer;
 use controller::state::cluster::{Capacity, ClusterCommand, HostAddresses, Init, NewHost};
 use controller::state::compute::{ComputeCommand, Server};
 use controller::state::image::{Image, ImageContent};
-use controller::state::{Command, Outcome, State};
+use controller::state::{Command, FEATURE_LEVEL, Outcome, State};
 use futures::StreamExt;
 use http::{Method, Request, StatusCode};
 use serde_json::{Value, json};
@@ -59,6 +59,7 @@ pub(crate) fn host(name: &str, port: u16) -> NewHost {
             server_name: name.to_owned(),
         },
         capacity: Capacity { vcpus: 4, ram_mib: 4096, disk_gib: 100 },
+        feature_level: FEATURE_LEVEL,
     }
 }
 
@@ -77,6 +78,7 @@ impl Memory {
             admin_name: "admin".to_owned(),
             admin_password_hash: hash_password(PASSWORD, COST).unwrap(),
             floating_pool: "127.77.0.0/24".parse().unwrap(),
+            feature_level: FEATURE_LEVEL,
         };
         memory.must(Command::Cluster(ClusterCommand::Init(Box::new(init))));
         let hash = "00".repeat(32);

@@ -157,6 +157,7 @@ fn far_host() -> [Command; 2] {
             server_name: "far".into(),
         },
         capacity: Capacity { vcpus: 1, ram_mib: 1, disk_gib: 1 << 30 },
+        feature_level: controller::state::FEATURE_LEVEL,
     };
     let issue =
         ClusterCommand::IssueJoinToken { hash: hash.clone(), expires_ms: u64::MAX, replaces: None };

@@ -50,6 +50,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         storage_port: config.storage_port,
         vxlan_port: config.vxlan_port,
         capacity: crate::daemon::capacity::Capacity::of_this_machine(&config, &args.data_dir),
+        feature_level: controller::state::FEATURE_LEVEL,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime.block_on(joining::ask(&token, &request))?;

@@ -6,7 +6,7 @@ use crate::config::NodeConfig;
 use crate::data_directory::DataDirectory;
 use anyhow::{Context, Result};
 use controller::api::{PasswordCost, hash_password};
-use controller::state::Command;
+use controller::state::{Command, FEATURE_LEVEL};
 use controller::state::cluster::{ClusterCommand, HostAddresses, Init, NewHost};
 use serde::{Deserialize, Serialize};
 
@@ -55,7 +55,9 @@ impl FirstStart {
                 name: config.name.clone(),
                 addresses: addresses(config),
                 capacity: capacity.into(),
+                feature_level: FEATURE_LEVEL,
             },
+            feature_level: FEATURE_LEVEL,
             admin_name: "admin".into(),
             admin_password_hash: hash,
             floating_pool: self.floating_pool.parse().context("the floating pool")?,

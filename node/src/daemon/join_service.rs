@@ -106,6 +106,7 @@ async fn register(node: &Arc<Node>, request: &JoinRequest) -> Result<u64, Refuse
             server_name: String::new(),
         },
         capacity: request.capacity.into(),
+        feature_level: request.feature_level,
     };
     let command = Command::Cluster(ClusterCommand::RegisterHost {
         token_hash: JoinToken::hash(&request.secret),

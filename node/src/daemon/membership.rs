@@ -109,6 +109,7 @@ async fn update_host(node: &Node) -> Result<()> {
         id: node.host(),
         addresses: addresses(&node.config),
         capacity: capacity.into(),
+        feature_level: controller::state::FEATURE_LEVEL,
     });
     let id = *uuid::Uuid::new_v4().as_bytes();
     match propose_until_taken(node, id, &command).await? {

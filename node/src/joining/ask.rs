@@ -166,6 +166,7 @@ mod tests {
             storage_port: 3,
             vxlan_port: 4,
             capacity: crate::daemon::capacity::Capacity { vcpus: 1, ram_mib: 1, disk_gib: 1 },
+            feature_level: controller::state::FEATURE_LEVEL,
         };
         format!("{:#}", ask(&token, &request).await.unwrap_err())
     }

@@ -37,6 +37,14 @@ pub(crate) struct JoinRequest {
     pub(crate) vxlan_port: u16,
     /// What the scheduler may place on it.
     pub(crate) capacity: Capacity,
+    /// The greatest feature level that its program supports.
+    #[serde(default = "first_level")]
+    pub(crate) feature_level: u32,
+}
+
+/// What a program supports that doesn't say.
+fn first_level() -> u32 {
+    1
 }
 
 /// What it gets.

@@ -26,7 +26,7 @@ pub(super) fn routes() -> Routes {
 }
 
 fn is_up(ctx: &Context, host: &Host) -> bool {
-    !host.forced_down && ctx.cloud().liveness().up.contains(&host.id)
+    !host.is_out() && ctx.cloud().liveness().up.contains(&host.id)
 }
 
 /// Numbers before 2.53, UUIDs from then on.

@@ -18,6 +18,7 @@ use crate::state::compute::{Server, TaskState, VmState};
 pub(super) fn status(server: &Server) -> &'static str {
     match (server.vm_state, server.task_state) {
         (VmState::Building, _) => "BUILD",
+        (_, Some(TaskState::Rebuilding)) => "REBUILD",
         (VmState::Active, Some(TaskState::Rebooting)) => "REBOOT",
         (VmState::Active, _) => "ACTIVE",
         (VmState::Stopped, _) => "SHUTOFF",
@@ -126,7 +127,8 @@ fn volumes_part(ctx: &Context, state: &State, server: &Server) -> Vec<Value> {
 }
 
 fn fault_part(ctx: &Context, server: &Server) -> Option<Value> {
-    let fault = server.fault.as_ref().filter(|_| server.vm_state == VmState::Error)?;
+    // A server that is not in ERROR and has a fault waits for its host, and the fault says so.
+    let fault = server.fault.as_ref()?;
     let mut view = json!({
         "code": fault.code, "message": fault.message,
         "created": time::seconds(fault.created_ms),
@@ -214,7 +216,7 @@ fn admin_part(ctx: &Context, state: &State, server: &Server, fields: &mut Map<St
         let status = match host {
             None => "",
             Some(host) if host.disabled => "MAINTENANCE",
-            Some(host) if up.contains(&host.id) && !host.forced_down => "UP",
+            Some(host) if up.contains(&host.id) && !host.is_out() => "UP",
             Some(_) => "DOWN",
         };
         fields.insert("host_status".to_owned(), json!(status));

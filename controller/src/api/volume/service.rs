@@ -35,7 +35,7 @@ async fn zones(ctx: Context, Path(project): Path<String>) -> Result<Json, ApiErr
     let up = ctx.cloud().liveness().up;
     let mut zones: BTreeMap<&str, bool> = BTreeMap::new();
     for host in ctx.state.cluster.hosts.values() {
-        let usable = up.contains(&host.id) && !host.disabled && !host.forced_down;
+        let usable = up.contains(&host.id) && !host.disabled && !host.is_out();
         *zones.entry(&host.availability_zone).or_default() |= usable;
     }
     let zones: Vec<Value> = zones

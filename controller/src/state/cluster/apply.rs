@@ -31,14 +31,22 @@ impl State {
             ClusterCommand::RegisterHost { token_hash, host } => {
                 self.register_host(token_hash, host)
             }
-            ClusterCommand::UpdateHost { id, addresses, capacity } => {
+            ClusterCommand::UpdateHost { id, addresses, capacity, feature_level } => {
                 let host = self.host_mut(*id)?;
                 host.addresses = addresses.clone();
                 host.capacity = *capacity;
+                host.feature_level = *feature_level;
                 Ok(Outcome::Host(Box::new(host.clone())))
             }
-            ClusterCommand::SetHostService { id, disabled, disabled_reason, forced_down } => {
+            ClusterCommand::SetHostService {
+                id,
+                disabled,
+                disabled_reason,
+                forced_down,
+                evacuate,
+            } => {
                 let host = self.host_mut(*id)?;
+                host.evacuate = evacuate.unwrap_or(host.evacuate);
                 if let Some(disabled) = *disabled {
                     host.disabled = disabled;
                     host.disabled_reason = disabled_reason.clone().filter(|_| disabled);
@@ -46,13 +54,17 @@ impl State {
                 host.forced_down = forced_down.unwrap_or(host.forced_down);
                 Ok(Outcome::Host(Box::new(host.clone())))
             }
+            ClusterCommand::FenceHost { id, epoch } => self.fence_host(*id, *epoch),
+            ClusterCommand::HostReturned { id, epoch } => self.host_returned(*id, *epoch),
+            ClusterCommand::RemoveHost { id, force } => self.remove_host(*id, *force),
+            ClusterCommand::RaiseFeatureLevel { level } => self.raise_feature_level(*level),
             ClusterCommand::Adopt { cluster_id, survivor, host } => {
                 self.adopt(cluster_id, *survivor, host.as_deref())
             }
         }
     }
 
-    fn host_mut(&mut self, id: HostId) -> Result<&mut Host, Rejection> {
+    pub(super) fn host_mut(&mut self, id: HostId) -> Result<&mut Host, Rejection> {
         self.cluster.hosts.get_mut(&id).ok_or_else(|| Rejection::not_found("host", id))
     }
 
@@ -65,11 +77,19 @@ impl State {
             return Err(Rejection::invalid("cluster", "", "A cluster needs an id."));
         }
         self.check_external_range(init.floating_pool)?;
+        if init.feature_level == 0 || init.feature_level > init.host.feature_level {
+            let message = format!(
+                "A cluster can't start with feature level {}: its first host supports {}.",
+                init.feature_level, init.host.feature_level
+            );
+            return Err(Rejection::invalid("cluster", &init.cluster_id, message));
+        }
         self.cluster = Cluster {
             id: init.cluster_id.clone(),
             name: init.name.clone(),
             region: init.region.clone(),
             next_host_id: 1,
+            feature_level: init.feature_level,
             ..Cluster::default()
         };
         let host = self.admit(&init.host);
@@ -202,6 +222,13 @@ impl State {
             return Err(Rejection::conflict("host", &host.name, message));
         }
         room(self.cluster.hosts.len(), HOSTS_MAX, "host")?;
+        if host.feature_level < self.cluster.feature_level {
+            let message = format!(
+                "Host {} supports feature level {} and the cluster is at {}: install a newer trine there.",
+                host.name, host.feature_level, self.cluster.feature_level
+            );
+            return Err(Rejection::conflict("host", &host.name, message));
+        }
         let host = self.admit(host);
         if let Some(token) = self.cluster.join_tokens.get_mut(token_hash) {
             token.used_by = Some(host.id);
@@ -226,6 +253,10 @@ impl State {
             forced_down: false,
             registered_ms: self.time_ms,
             replaced_by: None,
+            fenced: None,
+            fence_epoch: 0,
+            evacuate: false,
+            feature_level: host.feature_level,
         };
         self.cluster.hosts.insert(id, host.clone());
         host

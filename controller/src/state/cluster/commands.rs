@@ -37,6 +37,9 @@ pub enum ClusterCommand {
         addresses: HostAddresses,
         /// What it has now.
         capacity: Capacity,
+        /// The greatest feature level that its program supports.
+        #[serde(default = "super::state::first_level")]
+        feature_level: u32,
     },
     /// Enables, disables or declares dead.
     SetHostService {
@@ -48,6 +51,37 @@ pub enum ClusterCommand {
         disabled_reason: Option<String>,
         /// An operator says that it is dead.
         forced_down: Option<bool>,
+        /// Whether the cloud evacuates its servers by itself when it fails.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        evacuate: Option<bool>,
+    },
+    /// Cuts a silent host off. Proposed by the leader alone, when the host's lease has surely run
+    /// out and no other is granted while this is under way.
+    FenceHost {
+        /// The host.
+        id: HostId,
+        /// The fence's epoch: one more than the host's last.
+        epoch: u64,
+    },
+    /// Observed by the host itself: it has ended every guest that is no longer placed on it.
+    HostReturned {
+        /// The host.
+        id: HostId,
+        /// The fence that it saw.
+        epoch: u64,
+    },
+    /// Takes a host out of the cluster for good; its id is never given again.
+    RemoveHost {
+        /// The host.
+        id: HostId,
+        /// Also with servers, volumes or the only copy of an image: servers are in ERROR then,
+        /// volumes in error, and such images wait for their content again.
+        force: bool,
+    },
+    /// Raises the feature level, once the program of every host supports it.
+    RaiseFeatureLevel {
+        /// The new level.
+        level: u32,
     },
     /// The state goes on under another cluster id: restored from a backup on a new host, or with
     /// the one host that survived. All other hosts are dead to it.
@@ -79,6 +113,9 @@ pub struct Init {
     pub admin_password_hash: String,
     /// The external network's range, on loopback for the user-mode uplink.
     pub floating_pool: Ipv4Net,
+    /// The feature level that the cluster starts with.
+    #[serde(default = "super::state::first_level")]
+    pub feature_level: u32,
 }
 
 /// A host that wants in.
@@ -90,4 +127,7 @@ pub struct NewHost {
     pub addresses: HostAddresses,
     /// What it has.
     pub capacity: Capacity,
+    /// The greatest feature level that its program supports.
+    #[serde(default = "super::state::first_level")]
+    pub feature_level: u32,
 }

@@ -2,6 +2,8 @@
 
 mod apply;
 mod commands;
+mod fencing;
+mod remove;
 mod replace;
 mod state;
 

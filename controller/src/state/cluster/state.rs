@@ -22,6 +22,15 @@ pub struct Cluster {
     pub join_tokens: OrdMap<String, JoinToken>,
     /// The id the next host gets. Only grows: a host's id is never reused.
     pub next_host_id: u64,
+    /// Which commands are understood and what they do (`state::level`). Raised only when the
+    /// program of every host supports it.
+    #[serde(default = "first_level")]
+    pub feature_level: u32,
+}
+
+/// What programs before feature levels support.
+pub(super) fn first_level() -> u32 {
+    1
 }
 
 /// Where a host is reached.
@@ -74,6 +83,36 @@ pub struct Host {
     /// The host that takes its place: this one is dead for good.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replaced_by: Option<HostId>,
+    /// Cut off: the epoch of the fence. Its lease has run out, so none of its guests changes a
+    /// disk, and nothing is placed on it until it reports that it has returned.
+    #[serde(default)]
+    pub fenced: Option<u64>,
+    /// Counts its fences.
+    #[serde(default)]
+    pub fence_epoch: u64,
+    /// Its servers are evacuated by the cloud itself when it fails.
+    #[serde(default)]
+    pub evacuate: bool,
+    /// The greatest feature level that its program supports.
+    #[serde(default = "first_level")]
+    pub feature_level: u32,
+}
+
+impl Host {
+    /// True when others may act in its place: it is fenced, or an operator declared it dead.
+    pub fn is_out(&self) -> bool {
+        self.fenced.is_some() || self.forced_down
+    }
+
+    /// Why nothing may be placed on it, if so.
+    pub(crate) fn closed(&self) -> Option<&'static str> {
+        match self {
+            Self { fenced: Some(_), .. } => Some("fenced"),
+            Self { forced_down: true, .. } => Some("forced down"),
+            Self { disabled: true, .. } => Some("disabled"),
+            _ => None,
+        }
+    }
 }
 
 /// A one-time permission to join.

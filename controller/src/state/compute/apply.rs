@@ -134,6 +134,12 @@ impl State {
             ComputeCommand::ServerStopped { id, generation, power_state } => {
                 self.server_stopped(id, *generation, *power_state)
             }
+            ComputeCommand::EvacuateServer { id, requested_host: _, placement } => {
+                self.evacuate_server(id, placement.as_ref())
+            }
+            ComputeCommand::ServerWaits { id, generation, message } => {
+                self.server_waits(id, *generation, message)
+            }
             ComputeCommand::ServerGone { id, generation } => {
                 let gone = self.compute.servers.get(id).is_some_and(|server| {
                     server.desired == Desired::Deleted && server.generation <= *generation
@@ -231,7 +237,7 @@ impl State {
         Ok(Outcome::Done)
     }
 
-    fn server_mut(&mut self, id: &ServerId) -> Result<&mut Server, Rejection> {
+    pub(super) fn server_mut(&mut self, id: &ServerId) -> Result<&mut Server, Rejection> {
         let server = self.compute.servers.get_mut(id);
         server.map(Arc::make_mut).ok_or_else(|| Rejection::not_found("instance", id))
     }
@@ -249,7 +255,7 @@ impl State {
         let public_key = self.public_key_of(new)?;
         let (host, fault) = match &new.placement {
             Some(Placement::Host(host)) => {
-                self.check_placement(*host, &flavor, new.group_id.as_ref())?;
+                self.check_placement(*host, &flavor, new.group_id.as_ref(), None)?;
                 (Some(*host), None)
             }
             Some(Placement::NoValidHost { message, details }) => (
@@ -381,7 +387,7 @@ impl State {
         Ok(())
     }
 
-    fn place(&mut self, host: Option<HostId>, id: &ServerId, flavor: &Flavor) {
+    pub(super) fn place(&mut self, host: Option<HostId>, id: &ServerId, flavor: &Flavor) {
         let Some(host) = host else { return };
         let placed = self.compute.placed.entry(host).or_default();
         placed.servers.insert(id.clone());
@@ -433,25 +439,27 @@ impl State {
         Ok(ports)
     }
 
-    fn check_placement(
+    /// Checks that a host takes a server; `moving` is the server when it comes from another.
+    pub(super) fn check_placement(
         &self,
         host: HostId,
         flavor: &Flavor,
         group: Option<&ServerGroupId>,
+        moving: Option<&ServerId>,
     ) -> Result<(), Rejection> {
         let stale =
             |why: String| Err(Rejection::new(RejectionKind::PlacementStale, "host", host, why));
         let Some(known) = self.cluster.hosts.get(&host) else {
             return stale(format!("Host {host} is gone."));
         };
-        if known.disabled || known.forced_down {
-            return stale(format!("Host {} is disabled or down.", known.name));
+        if let Some(why) = known.closed() {
+            return stale(format!("Host {} is {why}.", known.name));
         }
         if let Some(shortage) = self.shortage(known, flavor, &Placed::default()) {
             return stale(format!("Host {} is full: {shortage}", known.name));
         }
         let Some(group) = group.and_then(|id| self.compute.groups.get(id)) else { return Ok(()) };
-        let (here, elsewhere) = self.members_on(group, host);
+        let (here, elsewhere) = self.members_on(group, host, moving);
         match group.policy {
             GroupPolicy::AntiAffinity if here >= group.max_server_per_host as usize => {
                 stale(format!("Host {} has {here} of group {} already.", known.name, group.id))
@@ -463,9 +471,18 @@ impl State {
         }
     }
 
-    /// How many of a group's servers are on a host, and how many on others.
-    pub(crate) fn members_on(&self, group: &ServerGroup, host: HostId) -> (usize, usize) {
-        let hosts = group.members.iter().filter_map(|id| self.compute.servers.get(id)?.host);
+    /// How many of a group's servers are on a host, and how many on others. For a server that is
+    /// `moving`, itself and what is left on hosts that are out don't count.
+    pub(crate) fn members_on(
+        &self,
+        group: &ServerGroup,
+        host: HostId,
+        moving: Option<&ServerId>,
+    ) -> (usize, usize) {
+        let out = |host: &HostId| self.cluster.hosts.get(host).is_some_and(Host::is_out);
+        let others = group.members.iter().filter(|id| Some(*id) != moving);
+        let hosts = others.filter_map(|id| self.compute.servers.get(id)?.host);
+        let hosts = hosts.filter(|host| moving.is_none() || !out(host));
         hosts.fold(
             (0, 0),
             |(here, elsewhere), on| {
@@ -538,8 +555,11 @@ impl State {
 
     fn delete_server(&mut self, id: &ServerId) -> Result<Outcome, Rejection> {
         let now = self.time_ms;
+        let host = self.server_mut(id)?.host.and_then(|host| self.cluster.hosts.get(&host));
+        // Nobody is left to report it gone; the host removes what it still has when it returns.
+        let at_once = host.is_none_or(|host| host.is_out() && self.cluster.has(2));
         let server = self.server_mut(id)?;
-        if server.host.is_none() {
+        if at_once {
             self.remove_server(id);
             return Ok(Outcome::Done);
         }
@@ -620,6 +640,7 @@ impl State {
         server.vm_state = VmState::Active;
         server.task_state = None;
         server.power_state = PowerState::Running;
+        server.fault = None;
         server.launched_ms.get_or_insert(now);
         self.show_ports(id, PortStatus::Active);
         Ok(Outcome::Server(id.clone()))
@@ -667,7 +688,7 @@ impl State {
         Ok(Outcome::Server(id.clone()))
     }
 
-    fn remove_server(&mut self, id: &ServerId) {
+    pub(in crate::state) fn remove_server(&mut self, id: &ServerId) {
         let Some(server) = self.compute.servers.remove(id) else { return };
         self.free_volumes_of(id);
         for port in &server.ports {
@@ -683,12 +704,17 @@ impl State {
         self.quota.release(&server.project_id, QuotaResource::Instances, 1);
         self.quota.release(&server.project_id, QuotaResource::Cores, server.flavor.vcpus.into());
         self.quota.release(&server.project_id, QuotaResource::Ram, server.flavor.ram_mib);
-        let Some(host) = server.host else { return };
+        self.unplace(server.host, id, &server.flavor);
+    }
+
+    /// Gives back what a server takes of its host.
+    pub(super) fn unplace(&mut self, host: Option<HostId>, id: &ServerId, flavor: &Flavor) {
+        let Some(host) = host else { return };
         let Some(placed) = self.compute.placed.get_mut(&host) else { return };
         placed.servers.remove(id);
-        placed.vcpus = placed.vcpus.saturating_sub(server.flavor.vcpus.into());
-        placed.ram_mib = placed.ram_mib.saturating_sub(server.flavor.ram_mib);
-        placed.disk_gib = placed.disk_gib.saturating_sub(server.flavor.disk_gib());
+        placed.vcpus = placed.vcpus.saturating_sub(flavor.vcpus.into());
+        placed.ram_mib = placed.ram_mib.saturating_sub(flavor.ram_mib);
+        placed.disk_gib = placed.disk_gib.saturating_sub(flavor.disk_gib());
         if placed.servers.is_empty() {
             self.compute.placed.remove(&host);
         }

@@ -142,6 +142,25 @@ pub enum ComputeCommand {
         /// Which incarnation.
         generation: u64,
     },
+    /// Makes a server anew on another host. Refused unless its host is fenced or was forced down,
+    /// and while something it needs is only there.
+    EvacuateServer {
+        /// Which.
+        id: ServerId,
+        /// The host asked for, by name.
+        requested_host: Option<String>,
+        /// Where it goes; filled in by the leader (`plan::prepare`).
+        placement: Option<Placement>,
+    },
+    /// A server of a host that is out waits for that host, because it can't be evacuated.
+    ServerWaits {
+        /// Which.
+        id: ServerId,
+        /// Which incarnation.
+        generation: u64,
+        /// What it waits for.
+        message: String,
+    },
 }
 
 /// A server to make.

@@ -2,6 +2,7 @@
 
 mod apply;
 mod commands;
+mod evacuate;
 mod state;
 
 pub use apply::{CPU_ALLOCATION_RATIO, DEVICE_OWNER};

@@ -207,6 +207,8 @@ pub enum TaskState {
     PoweringOn,
     /// Being restarted.
     Rebooting,
+    /// Being made anew on another host.
+    Rebuilding,
 }
 
 impl TaskState {
@@ -218,6 +220,7 @@ impl TaskState {
             Self::PoweringOff => "powering-off",
             Self::PoweringOn => "powering-on",
             Self::Rebooting => "rebooting",
+            Self::Rebuilding => "rebuilding",
         }
     }
 }

@@ -214,6 +214,24 @@ impl State {
         port.updated_ms = now;
     }
 
+    /// Binds a server's ports to another host, or to none.
+    pub(in crate::state) fn move_ports(
+        &mut self,
+        server: &ServerId,
+        host: Option<HostId>,
+        status: PortStatus,
+    ) {
+        let now = self.time_ms;
+        let Some(server) = self.compute.servers.get(server).cloned() else { return };
+        for port in &server.ports {
+            let Ok(port) = self.port_mut(&port.port_id) else { continue };
+            port.host = host;
+            port.status = status;
+            port.revision_number += 1;
+            port.updated_ms = now;
+        }
+    }
+
     /// Shows a server's ports with a status.
     pub(in crate::state) fn show_ports(&mut self, server: &ServerId, status: PortStatus) {
         let Some(server) = self.compute.servers.get(server).cloned() else { return };

@@ -154,8 +154,8 @@ impl State {
         let stale = |why: String| Rejection::new(RejectionKind::PlacementStale, "host", host, why);
         let known = self.cluster.hosts.get(&host);
         let known = known.ok_or_else(|| stale(format!("Host {host} is gone.")))?;
-        if known.disabled || known.forced_down {
-            return Err(stale(format!("Host {} is disabled or down.", known.name)));
+        if let Some(why) = known.closed() {
+            return Err(stale(format!("Host {} is {why}.", known.name)));
         }
         let free = self.free_disk_gib(known);
         if free < size_gib {
@@ -194,6 +194,14 @@ impl State {
         let volume = self.volume.volumes.get(volume_id);
         let volume = volume.ok_or_else(|| Rejection::not_found("volume", volume_id))?;
         check_attachable(volume, &server)?;
+        for host in [server.host, volume.home] {
+            if self.is_fenced(host) {
+                let message = format!(
+                    "Volume {volume_id} can't be attached to {server_id} while the host of either is fenced."
+                );
+                return Err(Rejection::state("volume", volume_id, message));
+            }
+        }
         let device = self.free_device(&server, request.device)?;
         let stopped = server.vm_state == VmState::Stopped;
         let now = self.time_ms;
@@ -265,6 +273,10 @@ impl State {
         let guest_is_off = self.compute.servers.get(server_id).is_some_and(|server| {
             server.vm_state == VmState::Stopped && server.task_state.is_none()
         });
+        // A host that is fenced can't let go; the volume's home admits it no more once it is free.
+        let host = self.compute.servers.get(server_id).and_then(|server| server.host);
+        let home = self.volume.volumes.get(id).and_then(|volume| volume.home);
+        let cut_off = self.is_fenced(host) && !self.is_fenced(home);
         let volume = self.volume_mut(id)?;
         let Some(attachment) = volume.attachments.iter_mut().find(|a| a.server_id == *server_id)
         else {
@@ -272,6 +284,10 @@ impl State {
             return Err(Rejection::new(RejectionKind::NotFound, "attachment", id, message));
         };
         match attachment.state {
+            _ if cut_off => {
+                self.free_volume(id);
+                return Ok(Outcome::Done);
+            }
             AttachmentState::Detaching => {}
             AttachmentState::Attached if guest_is_off => {
                 self.free_volume(id);
@@ -322,6 +338,43 @@ impl State {
         }
     }
 
+    /// Moves a server's attachments with it, each under a newer generation: the volume's home
+    /// cuts the older writer off before it admits the newer. What was being detached is free.
+    pub(in crate::state) fn move_attachments(&mut self, server: &ServerId, host: HostId) {
+        let now = self.time_ms;
+        let attached: Vec<(VolumeId, AttachmentState)> = self
+            .attachments_of_server(server)
+            .map(|(volume, attachment)| (volume.id.clone(), attachment.state))
+            .collect();
+        for (id, state) in attached {
+            if state == AttachmentState::Detaching {
+                self.free_volume(&id);
+                continue;
+            }
+            let Ok(volume) = self.volume_mut(&id) else { continue };
+            volume.generation += 1;
+            volume.updated_ms = now;
+            for attachment in &mut volume.attachments {
+                attachment.generation = volume.generation;
+                attachment.host = Some(host);
+            }
+        }
+    }
+
+    /// A volume whose home is gone for good: its data is lost.
+    pub(in crate::state) fn strand_volume(&mut self, id: &VolumeId, fault: String) {
+        let deleted = self.status_of(id) == Some(VolumeStatus::Deleting);
+        self.free_volume(id);
+        self.leave_home(id);
+        let Ok(volume) = self.volume_mut(id) else { return };
+        volume.home = None;
+        volume.status = VolumeStatus::Error;
+        volume.fault = Some(fault);
+        if deleted {
+            self.remove_volume(id);
+        }
+    }
+
     /// Frees a server's volumes, and removes those that were to go with it.
     pub(in crate::state) fn free_volumes_of(&mut self, server: &ServerId) {
         let attached: Vec<(VolumeId, bool)> = self
@@ -364,10 +417,21 @@ impl State {
         let Some(volume) = self.volume.volumes.remove(id) else { return };
         self.quota.release(&volume.project_id, QuotaResource::Volumes, 1);
         self.quota.release(&volume.project_id, QuotaResource::Gigabytes, volume.size_gib);
-        let Some(home) = volume.home else { return };
+        self.forget_home(volume.home, id, volume.size_gib);
+    }
+
+    fn leave_home(&mut self, id: &VolumeId) {
+        let known = self.volume.volumes.get(id).map(|volume| (volume.home, volume.size_gib));
+        if let Some((home, size_gib)) = known {
+            self.forget_home(home, id, size_gib);
+        }
+    }
+
+    fn forget_home(&mut self, home: Option<HostId>, id: &VolumeId, size_gib: u64) {
+        let Some(home) = home else { return };
         let Some(homed) = self.volume.homed.get_mut(&home) else { return };
         homed.volumes.remove(id);
-        homed.size_gib = homed.size_gib.saturating_sub(volume.size_gib);
+        homed.size_gib = homed.size_gib.saturating_sub(size_gib);
         if *homed == Homed::default() {
             self.volume.homed.remove(&home);
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 use controller::plan::{InFlight, Liveness};
 use controller::state::cluster::{Capacity, ClusterCommand, HostAddresses, Init, NewHost};
-use controller::state::{Command, decode_result};
+use controller::state::{Command, FEATURE_LEVEL, decode_result};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
@@ -92,10 +92,12 @@ async fn make_cluster(raft: &Raft, file: &MemberFile) -> Result<()> {
             name: "node1".into(),
             addresses: addresses(file.listen),
             capacity: Capacity { vcpus: 1, ram_mib: 1, disk_gib: 1 },
+            feature_level: FEATURE_LEVEL,
         },
         admin_name: "admin".into(),
         admin_password_hash: "$argon2id$none".into(),
         floating_pool: "127.77.1.0/24".parse()?,
+        feature_level: FEATURE_LEVEL,
     })));
     let made = raft.propose(rand::random(), init.encode()).await?;
     match decode_result(&made.outcome)? {
@@ -115,6 +117,7 @@ pub(super) fn command(at: SocketAddr, number: u64) -> Vec<u8> {
         id: controller::ids::HostId(1),
         addresses: addresses(at),
         capacity,
+        feature_level: FEATURE_LEVEL,
     };
     Command::Cluster(update).encode()
 }
