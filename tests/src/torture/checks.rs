@@ -76,19 +76,24 @@ pub(super) fn settle(seat: &Seat, made: &Made, findings: &mut Vec<String>) -> Re
     }
 }
 
-/// Every promise of the book, against what is there.
-pub(super) fn promises(journal: &Journal, shown: &Shown) -> Vec<String> {
+/// Every promise of the book, against what is there. Where disks were full, some could not be made;
+/// a server says so in its fault.
+pub(super) fn promises(journal: &Journal, shown: &Shown, disks_were_full: bool) -> Vec<String> {
+    let says_full =
+        |found: &Value| disks_were_full && found["fault"].to_string().contains("No space left");
     let entries = journal.entries();
     let mut findings = Vec::new();
     for server in &entries.book.servers {
         let found = presence("server", server, &shown.servers, &mut findings);
-        if let Some(found) = found.filter(|found| found["status"] != "ACTIVE") {
+        let found = found.filter(|found| found["status"] != "ACTIVE");
+        if let Some(found) = found.filter(|found| found["status"] != "ERROR" || !says_full(found)) {
             let fault = &found["fault"]["message"];
             findings.push(format!("server {} is {}: {fault}", server.name, found["status"]));
         }
     }
     for volume in &entries.book.volumes {
-        if let Some(found) = presence("volume", volume, &shown.volumes, &mut findings) {
+        let found = presence("volume", volume, &shown.volumes, &mut findings);
+        if let Some(found) = found.filter(|found| found["status"] != "error" || !disks_were_full) {
             findings.extend(attachment(volume, found));
         }
     }

@@ -132,6 +132,8 @@ struct Run<'a> {
     clients: Vec<JoinHandle<()>>,
     witnesses: Vec<Witness>,
     findings: Vec<String>,
+    /// A node does not serve in peace: further rounds would tell nothing.
+    is_out_of_service: bool,
     /// Faults by kind.
     faults: BTreeMap<String, u64>,
     rounds: u64,
@@ -159,6 +161,7 @@ impl<'a> Run<'a> {
             clients: Vec::new(),
             witnesses,
             findings: Vec::new(),
+            is_out_of_service: false,
             faults: BTreeMap::new(),
             rounds: 0,
             recoveries: Vec::new(),
@@ -220,7 +223,7 @@ impl<'a> Run<'a> {
             self.say(&format!("round {}", self.rounds));
             self.round(ground)?;
             self.rounds += 1;
-            if !self.findings.is_empty() {
+            if self.is_out_of_service {
                 break;
             }
         }
@@ -264,8 +267,8 @@ impl<'a> Run<'a> {
                     let host = number + 1;
                     let finding =
                         format!("host{host} takes no write {limit} s after healing: {why}");
-                    self.say(&finding);
-                    self.findings.push(finding);
+                    self.tell(vec![finding]);
+                    self.is_out_of_service = true;
                     return Ok(());
                 }
                 std::thread::sleep(Duration::from_millis(100));
@@ -293,23 +296,28 @@ impl<'a> Run<'a> {
     }
 
     fn examine_witnesses(&mut self, ground: &Ground) -> Result<()> {
-        let begun = Instant::now();
-        let seat = &self.seats[0];
-        let found = loop {
-            let examined: Result<Vec<Vec<String>>> =
-                self.witnesses.iter().map(|witness| witness.examine(ground, seat)).collect();
-            match examined {
-                Ok(found) => break found.concat(),
-                // A node that has just started again may not have found its guests yet.
-                Err(error) if begun.elapsed() > SERVES_WITHIN => return Err(error),
-                Err(_) => std::thread::sleep(Duration::from_millis(200)),
+        for number in 0..self.witnesses.len() {
+            if self.witnesses[number].harmed {
+                continue;
             }
-        };
-        for finding in found {
-            self.say(&finding);
-            self.findings.push(finding);
+            let found = self.examine(ground, number)?;
+            self.witnesses[number].harmed = !found.is_empty();
+            self.tell(found);
         }
         Ok(())
+    }
+
+    fn examine(&self, ground: &Ground, number: usize) -> Result<Vec<String>> {
+        let begun = Instant::now();
+        loop {
+            match self.witnesses[number].examine(ground, &self.seats[0]) {
+                // A node that has just started again may not have found its guests yet.
+                Err(_) if begun.elapsed() < SERVES_WITHIN => {
+                    std::thread::sleep(Duration::from_millis(200));
+                }
+                examined => return examined,
+            }
+        }
     }
 
     /// Peace, then everything that must hold.
@@ -319,40 +327,57 @@ impl<'a> Run<'a> {
             self.seats[0].run(async move { Ok(client.await?) })?;
         }
         self.say("the clients have stopped; waiting until nothing is under way");
-        let mut findings = Vec::new();
-        let shown = checks::settle(&self.seats[1], &self.made, &mut findings)?;
-        findings.extend(checks::promises(&self.journal, &shown));
-        findings.append(&mut self.journal.entries().findings);
+        let mut found = Vec::new();
+        let shown = checks::settle(&self.seats[1], &self.made, &mut found)?;
+        let disks_were_full = self.faults.contains_key("FillDisk");
+        found.extend(checks::promises(&self.journal, &shown, disks_were_full));
+        found.append(&mut self.journal.entries().findings);
+        self.tell(found);
         self.say("checking the histories");
-        findings.extend(checks::histories(&self.journal));
-        self.expect_progress(&mut findings)?;
+        let found = checks::histories(&self.journal);
+        self.tell(found);
+        self.say("waiting for the witnesses' next writes");
+        let found = self.progress()?;
+        self.tell(found);
         self.say("removing everything");
+        let found = self.remove(ground)?;
+        self.tell(found);
+        Ok(())
+    }
+
+    fn tell(&mut self, findings: Vec<String>) {
+        for finding in findings {
+            self.say(&format!("FOUND {finding}"));
+            self.findings.push(finding);
+        }
+    }
+
+    /// Removes what the clients left, and says what does not go.
+    fn remove(&mut self, ground: &mut Ground) -> Result<Vec<String>> {
+        let mut findings = Vec::new();
+        let seat = &self.seats[2];
         let rounds: Result<Vec<u64>> =
-            self.witnesses.iter().map(|witness| witness.round(&self.seats[2])).collect();
-        let rounds = rounds?;
-        checks::remove_servers(&self.seats[2], &self.made, &mut findings)?;
-        for (witness, round) in self.witnesses.iter().zip(rounds) {
+            self.witnesses.iter().map(|witness| witness.round(seat)).collect();
+        checks::remove_servers(seat, &self.made, &mut findings)?;
+        for (witness, round) in self.witnesses.iter().zip(rounds?) {
             self.witnessed += round;
             findings.extend(witness.compare(ground, round)?);
         }
-        checks::remove_volumes(&self.seats[2], &self.made, &mut findings)?;
+        checks::remove_volumes(seat, &self.made, &mut findings)?;
         findings.extend(checks::leftovers(ground)?);
         for host in &mut ground.hosts {
             if let Err(error) = host.stop() {
                 findings.push(format!("{error:#}"));
             }
         }
-        for finding in &findings {
-            self.say(&format!("FOUND {finding}"));
-        }
-        self.findings.extend(findings);
-        Ok(())
+        Ok(findings)
     }
 
     /// Every witness goes on writing.
-    fn expect_progress(&self, findings: &mut Vec<String>) -> Result<()> {
+    fn progress(&self) -> Result<Vec<String>> {
+        let mut findings = Vec::new();
         let limit = SERVES_WITHIN + self.options.duration / 60;
-        for witness in &self.witnesses {
+        for witness in self.witnesses.iter().filter(|witness| !witness.harmed) {
             let (begun, first) = (Instant::now(), witness.round(&self.seats[0])?);
             while witness.round(&self.seats[0])? == first {
                 if begun.elapsed() > limit {
@@ -366,7 +391,7 @@ impl<'a> Run<'a> {
                 std::thread::sleep(Duration::from_millis(300));
             }
         }
-        Ok(())
+        Ok(findings)
     }
 
     fn figures(&self) -> Value {

@@ -32,6 +32,8 @@ pub(super) struct Witness {
     pub(super) home: usize,
     /// Its process and generation, as the host's node says.
     identity: Value,
+    /// It was found so once, and is looked at no more.
+    pub(super) harmed: bool,
 }
 
 /// Starts the witnesses; their rounds last at least as long as the run.
@@ -50,7 +52,8 @@ pub(super) fn start(
         let chosen = homes.iter().position(|(_, home)| wanted(home)).unwrap_or(0);
         let (volume, home) = homes.remove(chosen);
         let server = boot(ground, seat, made, host, &volume, pause)?;
-        witnesses.push(Witness { host, server, volume, home, identity: Value::Null });
+        let identity = Value::Null;
+        witnesses.push(Witness { host, server, volume, home, identity, harmed: false });
     }
     for witness in &mut witnesses {
         wait_for_first_write(seat, witness)?;
