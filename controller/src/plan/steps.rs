@@ -114,7 +114,11 @@ fn volume_step(id: &VolumeId, wanted: &VolumeView, observed: &Observed) -> Optio
         };
     };
     if !wanted.wanted {
-        return Some(Step::DeleteVolume(id.clone()));
+        // The gate keeps what a guest holds; the release may not have come before the deletion.
+        return Some(match &present.holder {
+            Some((server, generation)) => release(id, server, *generation),
+            None => Step::DeleteVolume(id.clone()),
+        });
     }
     if !wanted.settled {
         return Some(Step::ReportVolume(id.clone()));
@@ -204,8 +208,11 @@ fn leftovers(view: &HostView, observed: &Observed, steps: &mut Vec<Step>) {
     for id in observed.guests.keys().filter(|id| !view.servers.contains_key(*id)) {
         steps.push(Step::RemoveGuest(id.clone()));
     }
-    for id in observed.volumes.keys().filter(|id| !view.volumes.contains_key(*id)) {
-        steps.push(Step::DeleteVolume(id.clone()));
+    for (id, present) in observed.volumes.iter().filter(|(id, _)| !view.volumes.contains_key(*id)) {
+        steps.push(match &present.holder {
+            Some((server, generation)) => release(id, server, *generation),
+            None => Step::DeleteVolume(id.clone()),
+        });
     }
     for content in observed.images.difference(&view.images).filter(|_| !view.uploading) {
         steps.push(Step::DeleteImage(content.clone()));

@@ -122,7 +122,12 @@ fn a_volume_elsewhere_is_exported_plugged_unplugged_and_released() {
     check(&sample, host, &observed, &[Step::UnplugVolume("s1".into(), "a1".into())]);
     sample.volume(VolumeCommand::Detached { volume_id: "v1".into(), generation: 1 });
     let release = Step::ReleaseVolume { volume: "v1".into(), server: "s1".into(), generation: 1 };
+    check(&sample, home, &at_home, std::slice::from_ref(&release));
+    // Deleted before it was released: the gate would keep it.
+    sample.volume(VolumeCommand::Delete("v1".into()));
     check(&sample, home, &at_home, &[release]);
+    at_home.volumes.insert("v1".into(), Volume { holder: None });
+    check(&sample, home, &at_home, &[Step::DeleteVolume("v1".into())]);
 }
 
 #[test]

@@ -44,7 +44,8 @@ pub(super) fn start(
     duration: Duration,
 ) -> Result<Vec<Witness>> {
     let mut homes = volumes(ground, seat, made)?;
-    let pause = (duration.as_secs_f64() * 1.3 + 60.0) / ROUNDS as f64;
+    // The last rounds come after the faults, however long it takes then to settle.
+    let pause = (duration.as_secs_f64() * 1.3 + 300.0) / ROUNDS as f64;
     let mut witnesses = Vec::new();
     for host in 0..ground.hosts.len() {
         // The first one has its volume at hand, the others on another host if there is one.
