@@ -94,6 +94,7 @@ pub fn launch(
         nets: Vec::new(),
         control: None,
         exit_record: Some(Resource::Descriptor(1)),
+        lease: None,
         sandbox: Default::default(),
     };
     let mut plugged: Vec<std::os::fd::OwnedFd> = Vec::new();

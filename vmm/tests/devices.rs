@@ -5,6 +5,7 @@ use abi::boot::{
     HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_START, PCI_ECAM_START,
     PCI_MMIO_PER_SLOT, PCI_MMIO_START,
 };
+use abi::lease::{self, LeasePage, LeaseView};
 use abi::packet_ring::{Direction, FRAME_BYTES_MAX, Region};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -160,6 +161,37 @@ impl<'a> Driver<'a> {
         (self.rig.ram.read_obj(GuestAddress(header + 16)).unwrap(), written)
     }
 
+    /// Asks for `sectors` at `sector` without waiting, as request `number` with descriptors, header
+    /// and 64 KiB of data of its own.
+    fn submit(&mut self, number: u16, kind: u32, sector: u64, sectors: u32) {
+        let (ram, at) = (&self.rig.ram, self.base);
+        let (header, data) = (waiting_header(number), waiting_data(number));
+        ram.write_obj(u64::from(kind), GuestAddress(header)).unwrap();
+        ram.write_obj(sector, GuestAddress(header + 8)).unwrap();
+        ram.write_obj(0xEEu8, GuestAddress(header + 16)).unwrap();
+        let to_guest = u16::from(kind == READ) << 1;
+        let first = number * 3;
+        let pieces = [(header, 16, 1), (data, sectors * 512, 1 | to_guest), (header + 16, 1, 2)];
+        for (index, (address, len, flags)) in pieces.into_iter().enumerate() {
+            let index = first + index as u16;
+            let descriptor = at + u64::from(index) * 16;
+            ram.write_obj(address, GuestAddress(descriptor)).unwrap();
+            ram.write_obj(len, GuestAddress(descriptor + 8)).unwrap();
+            ram.write_obj(flags as u16, GuestAddress(descriptor + 12)).unwrap();
+            ram.write_obj(index + 1, GuestAddress(descriptor + 14)).unwrap();
+        }
+        let index: u16 = ram.read_obj(GuestAddress(at + 0x1002)).unwrap();
+        ram.write_obj(first, GuestAddress(at + 0x1004 + u64::from(index % 16) * 2)).unwrap();
+        let next = index.wrapping_add(1);
+        ram.store(next, GuestAddress(at + 0x1002), std::sync::atomic::Ordering::Release).unwrap();
+        self.put(0x3000, &[0, 0]);
+    }
+
+    /// The status of request `number`: 0xEE while it waits.
+    fn outcome(&self, number: u16) -> u8 {
+        self.rig.ram.read_obj(GuestAddress(waiting_header(number) + 16)).unwrap()
+    }
+
     fn data(&self, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
         self.rig.ram.read_slice(&mut data, GuestAddress(0x80_0000)).unwrap();
@@ -171,6 +203,15 @@ impl<'a> Driver<'a> {
     }
 }
 
+fn waiting_header(number: u16) -> u64 {
+    0x60_0000 + u64::from(number) * 0x100
+}
+
+fn waiting_data(number: u16) -> u64 {
+    0xB0_0000 + u64::from(number) * 0x1_0000
+}
+
+const WAITS: u8 = 0xEE;
 const READ: u32 = 0;
 const WRITE: u32 = 1;
 const FLUSH: u32 = 4;
@@ -195,7 +236,7 @@ fn raw_disk(rig: &Rig, size_bytes: u64, read_only: bool) -> File {
     let mut config = disk_config("disk", DiskSource::Raw(Resource::Descriptor(0)));
     config.read_only = read_only;
     let mut supply = Supply::descriptors(vec![file.try_clone().unwrap().into()]);
-    rig.bus.add_at_boot(blk::open(&config, &mut supply).unwrap()).unwrap();
+    rig.bus.add_at_boot(blk::open(&config, &mut supply, None).unwrap()).unwrap();
     file
 }
 
@@ -318,7 +359,7 @@ fn a_queue_outside_of_memory_needs_reset_and_reset_brings_the_disk_back() {
     }
 }
 
-/// An NBD server in its transmission phase over `bytes`, which refuses writes at offset 1 MiB.
+/// An NBD server in its transmission phase over `bytes`, where offset 1 MiB can't be written.
 fn nbd_server(mut socket: UnixStream, mut bytes: Vec<u8>) -> Vec<u8> {
     let mut head = [0; 28];
     while socket.read_exact(&mut head).is_ok() {
@@ -328,7 +369,7 @@ fn nbd_server(mut socket: UnixStream, mut bytes: Vec<u8>) -> Vec<u8> {
         let len = u32::from_be_bytes(head[24..28].try_into().unwrap()) as usize;
         let mut reply = 0x6744_6698u32.to_be_bytes().to_vec();
         let refused = kind == 1 && offset == 1 << 20;
-        reply.extend(if refused { 28u32 } else { 0 }.to_be_bytes());
+        reply.extend(if refused { 5u32 } else { 0 }.to_be_bytes());
         reply.extend(&head[8..16]);
         match kind {
             0 => reply.extend(&bytes[offset..offset + len]),
@@ -356,7 +397,8 @@ fn an_nbd_disk_works_and_its_servers_errors_are_io_errors() {
         "far",
         DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 2 << 20 },
     );
-    let device = blk::open(&config, &mut Supply::descriptors(vec![OwnedFd::from(ours)])).unwrap();
+    let device =
+        blk::open(&config, &mut Supply::descriptors(vec![OwnedFd::from(ours)]), None).unwrap();
     rig.bus.add_at_boot(device).unwrap();
     let mut driver = Driver::start(&rig, 1, 1);
     let pattern: Vec<u8> = (0..1 << 20).map(|byte| (byte % 253) as u8).collect();
@@ -372,21 +414,6 @@ fn an_nbd_disk_works_and_its_servers_errors_are_io_errors() {
     let bytes = server.join().unwrap();
     assert_eq!(bytes[4096..4096 + (1 << 19)], pattern[..1 << 19]);
     assert!(bytes[1 << 20..(1 << 20) + 512].iter().all(|byte| *byte == 0));
-}
-
-#[test]
-fn a_lost_nbd_server_is_an_io_error() {
-    let Some(rig) = rig() else { return };
-    let (ours, theirs) = UnixStream::pair().unwrap();
-    drop(theirs);
-    let config =
-        disk_config("lost", DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 4096 });
-    let device = blk::open(&config, &mut Supply::descriptors(vec![OwnedFd::from(ours)])).unwrap();
-    rig.bus.add_at_boot(device).unwrap();
-    let mut driver = Driver::start(&rig, 1, 1);
-    for _ in 0..2 {
-        assert_eq!(driver.block(READ, 0, 512, true).0, FAILED);
-    }
 }
 
 #[test]
@@ -482,7 +509,7 @@ fn a_disk_is_plugged_found_used_and_taken_away() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8192).unwrap();
         let config = disk_config("hot", DiskSource::Raw(Resource::Descriptor(0)));
-        let device = blk::open(&config, &mut Supply::descriptors(vec![file.into()])).unwrap();
+        let device = blk::open(&config, &mut Supply::descriptors(vec![file.into()]), None).unwrap();
         rig.bus.add(device).unwrap();
         assert_eq!(word(&rig, HOTPLUG_START + HOTPLUG_REG_UP), 1 << 1, "round {round}");
         assert_eq!(word(&rig, HOTPLUG_START + HOTPLUG_REG_UP), 0);
@@ -547,4 +574,219 @@ fn any_access_is_survived() {
             rig.bus.read(address, &mut [0; 8][..len]);
         }
     }
+}
+
+/// A lease page and a disk that needs it.
+fn leased_disk(rig: &Rig, page: &LeasePage) -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let config = disk_config("leased", DiskSource::Raw(Resource::Descriptor(0)));
+    let mut supply = Supply::descriptors(vec![file.try_clone().unwrap().into()]);
+    let view = Arc::new(LeaseView::map(page.reader().unwrap()).unwrap());
+    rig.bus.add_at_boot(blk::open(&config, &mut supply, Some(view)).unwrap()).unwrap();
+    file
+}
+
+#[test]
+fn changes_wait_for_the_lease_while_reads_go_on() {
+    let Some(rig) = rig() else { return };
+    let place = tempfile::tempdir().unwrap();
+    let page = LeasePage::open(&place.path().join("lease")).unwrap();
+    let file = leased_disk(&rig, &page);
+    let mut driver = Driver::start(&rig, 1, 1);
+    rig.ram.write_slice(&[7; 512], GuestAddress(waiting_data(0))).unwrap();
+    driver.submit(0, WRITE, 1, 1);
+    // A read that was asked for later is answered, so the write was looked at and held back.
+    driver.submit(1, READ, 1, 1);
+    until("the read", || driver.outcome(1) == OK);
+    assert_eq!(driver.outcome(0), WAITS);
+    let mut sector = [0; 512];
+    file.read_exact_at(&mut sector, 512).unwrap();
+    assert_eq!(sector, [0; 512]);
+    page.renew(lease::now() + Duration::from_secs(600)).unwrap();
+    until("the write", || driver.outcome(0) == OK);
+    file.read_exact_at(&mut sector, 512).unwrap();
+    assert_eq!(sector, [7; 512]);
+    // Taken back, it holds again, whatever passed before.
+    page.renew(Duration::ZERO).unwrap();
+    driver.submit(2, WRITE, 2, 1);
+    driver.submit(3, READ, 2, 1);
+    until("the read", || driver.outcome(3) == OK);
+    assert_eq!(driver.outcome(2), WAITS);
+    // A disk with something held back is still taken away at once, and nothing is written later.
+    eject(&rig, "leased", DeviceKind::Disk);
+    page.renew(lease::now() + Duration::from_secs(600)).unwrap();
+    file.read_exact_at(&mut sector, 1024).unwrap();
+    assert_eq!(sector, [0; 512]);
+}
+
+#[test]
+fn a_driver_resets_a_disk_whose_changes_wait() {
+    let Some(rig) = rig() else { return };
+    let place = tempfile::tempdir().unwrap();
+    let page = LeasePage::open(&place.path().join("lease")).unwrap();
+    let _file = leased_disk(&rig, &page);
+    let mut driver = Driver::start(&rig, 1, 1);
+    driver.submit(0, WRITE, 1, 1);
+    driver.submit(1, READ, 1, 1);
+    until("the read", || driver.outcome(1) == OK);
+    driver.set_up(1);
+    driver.used = [0; 2];
+    page.renew(lease::now() + Duration::from_secs(600)).unwrap();
+    assert_eq!(driver.block(WRITE, 3, 512, false).0, OK);
+    assert_eq!(driver.outcome(0), WAITS);
+}
+
+fn remote_disk(rig: &Rig) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let config = disk_config(
+        "far",
+        DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 2 << 20 },
+    );
+    let mut supply = Supply::descriptors(vec![OwnedFd::from(ours)]);
+    rig.bus.add_at_boot(blk::open(&config, &mut supply, None).unwrap()).unwrap();
+    theirs.set_read_timeout(Some(DEADLINE)).unwrap();
+    theirs
+}
+
+/// The next request's command, cookie and offset, with a write's data read and dropped.
+fn nbd_request(mut socket: &UnixStream) -> (u16, [u8; 8], u64) {
+    let mut head = [0; 28];
+    socket.read_exact(&mut head).unwrap();
+    let kind = u16::from_be_bytes([head[6], head[7]]);
+    if kind == 1 {
+        let len = u32::from_be_bytes(head[24..28].try_into().unwrap()) as usize;
+        socket.read_exact(&mut vec![0; len]).unwrap();
+    }
+    let cookie = head[8..16].try_into().unwrap();
+    (kind, cookie, u64::from_be_bytes(head[16..24].try_into().unwrap()))
+}
+
+fn nbd_reply(mut socket: &UnixStream, cookie: [u8; 8], error: u32, data: &[u8]) {
+    let mut reply = 0x6744_6698u32.to_be_bytes().to_vec();
+    reply.extend(error.to_be_bytes());
+    reply.extend(cookie);
+    reply.extend(data);
+    socket.write_all(&reply).unwrap();
+}
+
+#[test]
+fn a_remote_disk_has_several_requests_under_way_answered_in_any_order() {
+    let Some(rig) = rig() else { return };
+    let server = remote_disk(&rig);
+    let mut driver = Driver::start(&rig, 1, 1);
+    for number in 0..4 {
+        driver.submit(number, READ, u64::from(number), 1);
+    }
+    let asked: Vec<_> = (0..4).map(|_| nbd_request(&server)).collect();
+    for (kind, cookie, offset) in asked.into_iter().rev() {
+        assert_eq!(kind, 0);
+        nbd_reply(&server, cookie, 0, &[offset as u8 / 2 + 1; 512][..]);
+    }
+    for number in 0..4 {
+        until("an answer", || driver.outcome(number) == OK);
+        let byte: u8 = rig.ram.read_obj(GuestAddress(waiting_data(number) + 511)).unwrap();
+        assert_eq!(u64::from(byte), (u64::from(number) * 512) as u8 as u64 / 2 + 1);
+    }
+}
+
+#[test]
+fn a_lost_connection_is_a_pause_and_what_was_unanswered_is_asked_again() {
+    let Some(rig) = rig() else { return };
+    let server = remote_disk(&rig);
+    let mut driver = Driver::start(&rig, 1, 1);
+    driver.submit(0, WRITE, 8, 128);
+    driver.submit(1, READ, 8, 1);
+    driver.submit(2, WRITE, 9, 1);
+    // One answer, half of another one's, none to the third.
+    let (_, cookie, _) = nbd_request(&server);
+    nbd_reply(&server, cookie, 0, &[]);
+    until("the first write", || driver.outcome(0) == OK);
+    let (_, cookie, _) = nbd_request(&server);
+    nbd_reply(&server, cookie, 0, &[1; 100]);
+    nbd_request(&server);
+    drop(server);
+    until("the loss to show", || rig.bus.plugged().disks_disconnected == ["far"]);
+    assert_eq!((driver.outcome(1), driver.outcome(2)), (WAITS, WAITS));
+
+    let link = rig.bus.disk_link("far").unwrap();
+    let (ours, server) = UnixStream::pair().unwrap();
+    link.replace(ours).unwrap();
+    let (kind, cookie, offset) = nbd_request(&server);
+    assert_eq!((kind, offset), (0, 8 * 512));
+    nbd_reply(&server, cookie, 0, &[5; 512]);
+    let (kind, cookie, offset) = nbd_request(&server);
+    assert_eq!((kind, offset), (1, 9 * 512));
+    nbd_reply(&server, cookie, 0, &[]);
+    until("the rest", || driver.outcome(1) == OK && driver.outcome(2) == OK);
+    let mut sector = [0; 512];
+    rig.ram.read_slice(&mut sector, GuestAddress(waiting_data(1))).unwrap();
+    assert_eq!(sector, [5; 512]);
+    assert!(rig.bus.plugged().disks_disconnected.is_empty());
+    // A disk whose connection is lost is taken away at once.
+    driver.submit(0, READ, 0, 1);
+    drop(server);
+    until("the loss to show", || rig.bus.plugged().disks_disconnected == ["far"]);
+    eject(&rig, "far", DeviceKind::Disk);
+    assert!(matches!(rig.bus.disk_link("far"), Err(PlugError::NotFound(..))));
+}
+
+#[test]
+fn a_full_server_is_a_pause() {
+    let Some(rig) = rig() else { return };
+    let server = remote_disk(&rig);
+    let mut driver = Driver::start(&rig, 1, 1);
+    driver.submit(0, WRITE, 8, 1);
+    for error in [28, 28, 0] {
+        let (kind, cookie, offset) = nbd_request(&server);
+        assert_eq!((kind, offset, driver.outcome(0)), (1, 8 * 512, WAITS));
+        nbd_reply(&server, cookie, error, &[]);
+    }
+    until("the write", || driver.outcome(0) == OK);
+}
+
+/// A small file system of its own, which only root can make.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Option<SmallDisk> {
+        let place = tempfile::tempdir().unwrap();
+        let mount = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", "size=256k", "trine-test"])
+            .arg(place.path())
+            .status();
+        mount.is_ok_and(|status| status.success()).then_some(SmallDisk(place))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+#[test]
+fn a_full_disk_is_a_pause_until_there_is_room() {
+    let Some(rig) = rig() else { return };
+    let Some(small) = SmallDisk::mount() else {
+        eprintln!("SKIPPED: mounting a small file system needs root");
+        return;
+    };
+    let filler = small.0.path().join("filler");
+    std::fs::write(&filler, vec![1; 192 << 10]).unwrap();
+    let path = small.0.path().join("disk");
+    let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let config = disk_config("disk", DiskSource::Raw(Resource::Descriptor(0)));
+    let mut supply = Supply::descriptors(vec![file.try_clone().unwrap().into()]);
+    rig.bus.add_at_boot(blk::open(&config, &mut supply, None).unwrap()).unwrap();
+    let mut driver = Driver::start(&rig, 1, 1);
+    driver.submit(0, WRITE, 0, 128);
+    driver.submit(1, WRITE, 128, 128);
+    driver.submit(2, READ, 0, 1);
+    until("the read", || driver.outcome(2) == OK);
+    assert!(driver.outcome(0) == WAITS || driver.outcome(1) == WAITS);
+    std::fs::remove_file(&filler).unwrap();
+    until("both writes", || driver.outcome(0) == OK && driver.outcome(1) == OK);
+    drop((rig, file));
 }

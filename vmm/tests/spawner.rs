@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use vmm::config::{Boot, DiskConfig, DiskSource, NetBackend, NetConfig, Resource, VmConfig};
-use vmm::control::{self, ControlError, ExitRecord, RunState};
+use vmm::control::{self, ControlError, ExitRecord, RunState, Writes};
 use vmm::probe;
 use vmm::spawner::{Client, SpawnError, Spawned};
 
@@ -59,6 +59,7 @@ impl Launch {
             nets: vec![],
             control: Some(Resource::Descriptor(1)),
             exit_record: Some(Resource::Descriptor(2)),
+            lease: None,
             sandbox: Default::default(),
         }
     }
@@ -279,6 +280,30 @@ fn disks_and_nets_are_plugged_into_a_running_guest() {
     assert_eq!(status.nets, ["eth0", "eth1"]);
     client.kill().unwrap();
     wait(&guest);
+}
+
+#[test]
+fn a_guest_says_whether_its_hosts_lease_lets_it_write() {
+    let Some(spawner) = spawner() else { return };
+    let launch = Launch::new(&probe::spinning_image());
+    let page = abi::lease::LeasePage::open(&launch.directory.path().join("lease")).unwrap();
+    let mut config = launch.config();
+    config.lease = Some(Resource::Descriptor(3));
+    let guest = launch.spawn(&spawner, &config, &[page.reader().unwrap()]).unwrap();
+    let client = control::Client::connect(&launch.socket()).unwrap();
+    assert_eq!(client.status().unwrap().writes, Writes::Waiting);
+    page.renew(abi::lease::now() + std::time::Duration::from_secs(600)).unwrap();
+    assert_eq!(client.status().unwrap().writes, Writes::Allowed);
+    let hot = file(&[0; 4096]);
+    client.add_disk(disk("near", 0), &[hot.as_fd()]).unwrap();
+    let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let refused = client.replace_disk("near", ours.as_fd()).unwrap_err().to_string();
+    assert!(refused.contains("on this host"), "{refused}");
+    client.kill().unwrap();
+    wait(&guest);
+    config.lease = Some(Resource::Descriptor(0));
+    let error = launch.spawn(&spawner, &config, &[]).unwrap_err().to_string();
+    assert!(error.contains("lease"), "{error}");
 }
 
 fn disk(id: &str, index: usize) -> DiskConfig {

@@ -182,6 +182,7 @@ impl Agent {
             nets: net_configs(&mut resources, &view.ports, &rings)?,
             control: Some(resources.add(prepared.control.into())),
             exit_record: Some(resources.add(prepared.exit.into())),
+            lease: None,
             sandbox: Sandbox::default(),
         };
         let spawned = self.context().spawner.spawn(&config, &resources.borrowed());

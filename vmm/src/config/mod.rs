@@ -50,6 +50,9 @@ pub struct VmConfig {
     /// [`crate::control::ExitRecord`] as JSON.
     #[serde(default)]
     pub exit_record: Option<Resource>,
+    /// The host's lease (`abi::lease`), read-only: disks change only while it runs. Absent: always.
+    #[serde(default)]
+    pub lease: Option<Resource>,
     /// The sandbox; the default is everything the caller's privilege allows.
     #[serde(default)]
     pub sandbox: Sandbox,

@@ -92,6 +92,11 @@ impl Client {
         self.done(Request::RemoveDisk { id: id.into() }, &[])
     }
 
+    /// Gives a remote disk another connection; see [`Request::ReplaceDisk`].
+    pub fn replace_disk(&self, id: &str, socket: BorrowedFd<'_>) -> Result<(), ControlError> {
+        self.done(Request::ReplaceDisk { id: id.into() }, &[socket])
+    }
+
     /// Hot-plugs a network device.
     pub fn add_net(
         &self,

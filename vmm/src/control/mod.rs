@@ -35,6 +35,13 @@ pub enum Request {
         /// The disk's id.
         id: String,
     },
+    /// Gives a remote disk another connection to the same bytes (one descriptor, as for
+    /// [`crate::config::DiskSource::Nbd`]): what is unanswered is asked again there. The guest
+    /// notices a pause at most.
+    ReplaceDisk {
+        /// The disk's id.
+        id: String,
+    },
     /// Hot-plugs a network device.
     AddNet(NetConfig),
     /// As `RemoveDisk`, for a network device.
@@ -84,6 +91,17 @@ pub enum RunState {
     Ended,
 }
 
+/// Whether a guest may change its disks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Writes {
+    /// It may: the lease runs, or there is none to keep.
+    #[default]
+    Allowed,
+    /// The lease has ended; changes wait until it is renewed.
+    Waiting,
+}
+
 /// Who a VMM is and how its guest is.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Status {
@@ -99,6 +117,13 @@ pub struct Status {
     pub disks: Vec<String>,
     /// Ids of disks whose removal the guest was asked for and has not acknowledged.
     pub disks_leaving: Vec<String>,
+    /// Ids of remote disks whose connection is lost: the guest's requests wait for
+    /// [`Request::ReplaceDisk`].
+    #[serde(default)]
+    pub disks_disconnected: Vec<String>,
+    /// Whether the host's lease lets the guest change its disks now.
+    #[serde(default)]
+    pub writes: Writes,
     /// Ids of the plugged network devices.
     pub nets: Vec<String>,
     /// Launch times.

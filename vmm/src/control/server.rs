@@ -1,7 +1,7 @@
 //! The answering side: one thread accepts, one thread serves each connection.
 
 use super::{CONTROL_VERSION, Envelope, Reply, Request, RunState, Status};
-use crate::config::{DiskConfig, NetConfig};
+use crate::config::{DiskConfig, NetConfig, Resource};
 use crate::devices::{Device, DeviceKind, blk, net};
 use crate::pci::PlugError;
 use crate::process::ending::Cause;
@@ -97,7 +97,7 @@ impl From<PlugError> for Refusal {
         let kind = match error {
             PlugError::Exists(_) => "exists",
             PlugError::NotFound(..) => "not_found",
-            PlugError::Full => "invalid",
+            PlugError::Full | PlugError::NotRemote(_) => "invalid",
             PlugError::GuestRefused(..) => "guest_refused",
             PlugError::Host(..) => "io",
         };
@@ -117,6 +117,7 @@ fn answer(guest: &Guest, request: Request, descriptors: Vec<OwnedFd>) -> Answer 
             return Answer { reply: Reply::Status(status(guest)), descriptors: Vec::new() };
         }
         Request::AddDisk(disk) => add_disk(guest, &disk, descriptors),
+        Request::ReplaceDisk { id } => replace_disk(guest, &id, descriptors),
         Request::AddNet(network) => add_net(guest, &network, descriptors),
         Request::RemoveDisk { id } => remove(guest, &id, DeviceKind::Disk),
         Request::RemoveNet { id } => remove(guest, &id, DeviceKind::Net),
@@ -147,6 +148,8 @@ fn status(guest: &Guest) -> Status {
         state: if guest.gate.is_paused() { RunState::Paused } else { RunState::Running },
         disks: plugged.disks,
         disks_leaving: plugged.disks_leaving,
+        disks_disconnected: plugged.disks_disconnected,
+        writes: guest.writes(),
         nets: plugged.nets,
         timings: guest.clock.timings(),
     }
@@ -156,7 +159,14 @@ fn add_disk(guest: &Guest, disk: &DiskConfig, descriptors: Vec<OwnedFd>) -> Resu
     if let Some(problem) = disk.problem() {
         return Err(Refusal("invalid", problem));
     }
-    add(guest, blk::open(disk, &mut Supply::descriptors(descriptors))?)
+    add(guest, blk::open(disk, &mut Supply::descriptors(descriptors), guest.lease.clone())?)
+}
+
+fn replace_disk(guest: &Guest, id: &str, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
+    let link = guest.bus.disk_link(id)?;
+    let what = format!("disk {id:?}");
+    let socket = Supply::descriptors(descriptors).stream(&Resource::Descriptor(0), &what)?;
+    link.replace(socket).map_err(|error| Refusal("io", format!("{what}: {error}")))
 }
 
 fn add_net(guest: &Guest, network: &NetConfig, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {

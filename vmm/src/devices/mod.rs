@@ -52,6 +52,8 @@ pub struct Device {
     pub config: Vec<u8>,
     /// A network device's packet ring.
     pub ring: Option<Arc<Region>>,
+    /// A remote disk's connection.
+    pub link: Option<Arc<blk::link::DiskLink>>,
     /// What does the work.
     pub backend: Box<dyn Backend>,
 }

@@ -9,6 +9,7 @@
 use super::config_space::{self, BAR_BYTES, ConfigSpace, WINDOW_BYTES};
 use super::msix::Msix;
 use super::registers::{Change, Registers};
+use crate::devices::blk::link::DiskLink;
 use crate::devices::{Backend, Device, DeviceKind, QueueInterrupt, Work};
 use crate::machine::Interrupts;
 use crate::machine::memory::Ram;
@@ -32,6 +33,8 @@ pub struct Function {
     pub kind: DeviceKind,
     /// The packet ring of a network device that has one.
     pub ring: Option<Arc<Region>>,
+    /// The connection of a remote disk.
+    pub link: Option<Arc<DiskLink>>,
     config: ConfigSpace,
     registers: Registers,
     device_config: Vec<u8>,
@@ -97,6 +100,7 @@ impl Function {
             id: device.id,
             kind: device.kind,
             ring: device.ring,
+            link: device.link,
             config,
             registers: Registers::new(device.features, &device.queue_sizes),
             device_config: device.config,

@@ -10,6 +10,7 @@ pub mod function;
 pub mod msix;
 pub mod registers;
 
+use crate::devices::blk::link::DiskLink;
 use crate::devices::{Device, DeviceKind};
 use crate::machine::Interrupts;
 use crate::machine::memory::Ram;
@@ -19,6 +20,7 @@ use abi::boot::{
 };
 use config_space::ConfigSpace;
 use function::{Function, Retired};
+use std::sync::Arc;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -36,6 +38,9 @@ pub enum PlugError {
     /// Every slot is taken.
     #[error("all {} slots are taken", PCI_SLOTS - 1)]
     Full,
+    /// It is a disk on this host.
+    #[error("disk {0:?} has no connection that could be replaced: its bytes are on this host")]
+    NotRemote(String),
     /// The guest did not let go of it.
     #[error("the guest did not let go of {0:?} within {1} s")]
     GuestRefused(String, u64),
@@ -67,6 +72,8 @@ pub struct Plugged {
     pub disks: Vec<String>,
     /// Disks the guest was asked for, or whose host side is still closing.
     pub disks_leaving: Vec<String>,
+    /// Remote disks that wait for another connection.
+    pub disks_disconnected: Vec<String>,
     /// Network devices.
     pub nets: Vec<String>,
 }
@@ -176,6 +183,9 @@ impl Bus {
                 DeviceKind::Net => plugged.nets.push(function.id.clone()),
                 DeviceKind::Disk => {
                     plugged.disks.push(function.id.clone());
+                    if function.link.as_ref().is_some_and(|link| link.is_lost()) {
+                        plugged.disks_disconnected.push(function.id.clone());
+                    }
                     if state.down & 1 << slot != 0 {
                         plugged.disks_leaving.push(function.id.clone());
                     }
@@ -185,6 +195,15 @@ impl Bus {
         let closing = state.retired.iter().filter(|(_, kind, _)| *kind == DeviceKind::Disk);
         plugged.disks_leaving.extend(closing.map(|(id, _, _)| id.clone()));
         plugged
+    }
+
+    /// The connection of a remote disk.
+    pub fn disk_link(&self, id: &str) -> Result<Arc<DiskLink>, PlugError> {
+        let state = self.lock();
+        let mut disks = state.slots.iter().flatten().filter(|it| it.kind == DeviceKind::Disk);
+        let disk = disks.find(|function| function.id == id);
+        let disk = disk.ok_or_else(|| PlugError::NotFound(id.into(), DeviceKind::Disk))?;
+        disk.link.clone().ok_or_else(|| PlugError::NotRemote(id.into()))
     }
 
     /// The packet ring descriptors of a network device.

@@ -9,7 +9,7 @@ use super::resources::Resources;
 use super::sandbox::{Sandbox, SandboxError};
 use super::timings::Clock;
 use crate::config::VmConfig;
-use crate::control::{self, SpawnReply};
+use crate::control::{self, SpawnReply, Writes};
 use crate::devices::console::Console;
 use crate::machine::boot::{self, Parameters};
 use crate::machine::memory::Ram;
@@ -18,6 +18,7 @@ use crate::machine::vcpu::{self, End, Exits};
 use crate::machine::{Host, Interrupts, Machine, MachineError};
 use crate::pci::{Bus, PlugError};
 use abi::boot::{DeviceEntry, MARK_MAIN, MARK_NETWORK, PORT_BOOT_TIMER, PORT_CONSOLE, PORT_EXIT};
+use abi::lease::LeaseView;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -69,6 +70,8 @@ pub struct Guest {
     pub gate: Gate,
     /// When what happened.
     pub clock: Clock,
+    /// The host's lease on changing disks, where there is one.
+    pub lease: Option<Arc<LeaseView>>,
     ram: Ram,
     console: Mutex<Console>,
     ending: Ending,
@@ -109,6 +112,7 @@ pub fn run(
         bus,
         gate: Gate::new(machine.vcpus.len()),
         clock,
+        lease: resources.lease,
         ram: machine.ram.clone(),
         console: Mutex::new(Console::new(resources.console)),
         ending: Ending::new(resources.exit_record, config.nonce.clone(), speak),
@@ -152,6 +156,14 @@ impl Guest {
     pub fn end(&self, cause: Cause) -> ! {
         self.drain_console();
         self.ending.end(cause, self.clock.timings())
+    }
+
+    /// Whether the lease lets it change its disks now.
+    pub fn writes(&self) -> Writes {
+        match &self.lease {
+            Some(lease) if !lease.allows_writes() => Writes::Waiting,
+            _ => Writes::Allowed,
+        }
     }
 
     fn drain_console(&self) {

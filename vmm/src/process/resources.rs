@@ -4,12 +4,14 @@
 use crate::config::{Resource, VmConfig};
 use crate::devices::console::{RingFile, Sink};
 use crate::devices::{Device, blk, net};
+use abi::lease::LeaseView;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
 
 /// Why a resource could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -144,6 +146,15 @@ fn open_error(what: &str, path: &Path, source: io::Error) -> ResourceError {
     ResourceError::Open { what: what.into(), path: path.display().to_string(), source }
 }
 
+fn open_lease(lease: &Resource, supply: &mut Supply) -> Result<Arc<LeaseView>, ResourceError> {
+    let page = supply.file(lease, Access::Read, "lease")?;
+    let unusable = |error: abi::lease::LeaseError| ResourceError::Unusable {
+        what: "lease".into(),
+        reason: error.to_string(),
+    };
+    LeaseView::map(page.into()).map(Arc::new).map_err(unusable)
+}
+
 /// What a guest needs of its host, open.
 pub struct Resources {
     /// The kernel image.
@@ -156,6 +167,8 @@ pub struct Resources {
     pub control: Option<UnixListener>,
     /// Where the exit record is written.
     pub exit_record: Option<File>,
+    /// The host's lease on changing disks.
+    pub lease: Option<Arc<LeaseView>>,
 }
 
 impl Resources {
@@ -197,13 +210,14 @@ impl Resources {
             .as_ref()
             .map(|resource| supply.listener(resource, "control"))
             .transpose()?;
+        let lease = config.lease.as_ref().map(|lease| open_lease(lease, supply)).transpose()?;
         let mut devices = Vec::new();
         for disk in &config.disks {
-            devices.push(blk::open(disk, supply)?);
+            devices.push(blk::open(disk, supply, lease.clone())?);
         }
         for network in &config.nets {
             devices.push(net::open(network, supply)?);
         }
-        Ok(Resources { kernel, console, devices, control, exit_record })
+        Ok(Resources { kernel, console, devices, control, exit_record, lease })
     }
 }

@@ -1,80 +1,115 @@
-//! Carrying out a request.
+//! Deciding what a request asks for, and carrying it out on a file.
 
 use super::request::{HEADER_BYTES, Request};
 use super::{CLEAR_SECTORS_MAX, Disk, SECTOR_BYTES, Source};
 use crate::devices::Work;
-use crate::devices::chain::{Segment, copy_in, copy_out, total};
+use crate::devices::chain::{Segment, copy_out, total};
 use crate::machine::memory::Ram;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FallocateFlags, fallocate, fdatasync};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 /// Bytes of one range of a discard or write-zeroes request.
 const RANGE_BYTES: usize = 16;
-/// How long a write waits before it tries a full disk again.
-const FULL_DISK_RETRY_S: i64 = 1;
+const FAILED: Act = Act::Refuse(VIRTIO_BLK_S_IOERR as u8);
+const UNSUPPORTED: Act = Act::Refuse(VIRTIO_BLK_S_UNSUPP as u8);
 
-/// The outcome of a request.
+/// What a request asks for, checked against the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Done {
-    /// VIRTIO_BLK_S_*.
-    pub status: u8,
-    /// Bytes of data written to the guest.
-    pub written: u32,
+pub enum Act {
+    /// Read at a byte offset.
+    Read(u64),
+    /// Write at a byte offset.
+    Write(u64),
+    /// Make everything answered durable.
+    Flush,
+    /// Tell the serial number.
+    GetId,
+    /// Discard a range.
+    Discard {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// Make a range read as zeroes.
+    Zero {
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// By giving its room back.
+        unmap: bool,
+    },
+    /// Refuse, with this status.
+    Refuse(u8),
 }
 
-const OK: Done = Done { status: VIRTIO_BLK_S_OK as u8, written: 0 };
-const FAILED: Done = Done { status: VIRTIO_BLK_S_IOERR as u8, written: 0 };
-const UNSUPPORTED: Done = Done { status: VIRTIO_BLK_S_UNSUPP as u8, written: 0 };
-
-/// Carries out a request.
-pub fn execute(disk: &mut Disk, request: &Request, work: &Work) -> Done {
-    let mut header = [0; HEADER_BYTES];
-    if copy_out(&work.ram, &request.header, &mut header) != HEADER_BYTES {
-        return FAILED;
+impl Act {
+    /// Whether it changes the disk.
+    pub fn changes(self) -> bool {
+        matches!(self, Act::Write(_) | Act::Discard { .. } | Act::Zero { .. })
     }
-    let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-    let mut sector = [0; 8];
-    sector.copy_from_slice(&header[8..]);
-    let sector = u64::from_le_bytes(sector);
-    let outcome = match kind {
-        VIRTIO_BLK_T_IN => disk
-            .offset(sector, total(&request.to_guest))
-            .map(|at| disk.read(at, &request.to_guest, work)),
-        VIRTIO_BLK_T_OUT if disk.read_only => None,
-        VIRTIO_BLK_T_OUT => disk
-            .offset(sector, total(&request.from_guest))
-            .map(|at| disk.write(at, &request.from_guest, work)),
-        VIRTIO_BLK_T_FLUSH => Some(disk.flush(work)),
-        VIRTIO_BLK_T_GET_ID => {
-            let written = copy_in(&work.ram, &request.to_guest, &disk.serial) as u32;
-            return Done { written, ..OK };
+}
+
+/// A request on its way.
+#[derive(Debug)]
+pub struct Job {
+    /// The chain's head, for the used ring.
+    pub head: u16,
+    /// Where its data is.
+    pub request: Request,
+    /// What it asks for.
+    pub act: Act,
+}
+
+impl Job {
+    /// The data that it moves.
+    pub fn data(&self) -> &[Segment] {
+        match self.act {
+            Act::Write(_) => &self.request.from_guest,
+            Act::Read(_) => &self.request.to_guest,
+            _ => &[],
         }
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if disk.read_only => None,
-        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-            return disk.clear(kind, &request.from_guest, work);
-        }
-        _ => return UNSUPPORTED,
-    };
-    match outcome {
-        Some(Ok(())) if kind == VIRTIO_BLK_T_IN => {
-            Done { written: total(&request.to_guest) as u32, ..OK }
-        }
-        Some(Ok(())) => OK,
-        Some(Err(_)) | None => FAILED,
     }
 }
 
 impl Disk {
+    /// What a request asks for; its header is read here, once.
+    pub(super) fn decide(&self, request: &Request, work: &Work) -> Act {
+        let mut header = [0; HEADER_BYTES];
+        if copy_out(&work.ram, &request.header, &mut header) != HEADER_BYTES {
+            return FAILED;
+        }
+        let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let mut sector = [0; 8];
+        sector.copy_from_slice(&header[8..]);
+        let sector = u64::from_le_bytes(sector);
+        let at = |data: &[Segment]| self.offset(sector, total(data));
+        match kind {
+            VIRTIO_BLK_T_IN => at(&request.to_guest).map_or(FAILED, Act::Read),
+            VIRTIO_BLK_T_FLUSH => Act::Flush,
+            VIRTIO_BLK_T_GET_ID => Act::GetId,
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
+                if self.read_only =>
+            {
+                FAILED
+            }
+            VIRTIO_BLK_T_OUT => at(&request.from_guest).map_or(FAILED, Act::Write),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+                self.decide_clear(kind, &request.from_guest, work)
+            }
+            _ => UNSUPPORTED,
+        }
+    }
+
     /// Byte offset of a transfer that lies on the disk in whole sectors.
     fn offset(&self, sector: u64, len: usize) -> Option<u64> {
         let sectors = len as u64 / SECTOR_BYTES;
@@ -83,33 +118,11 @@ impl Disk {
         (whole && end <= self.sectors).then(|| sector * SECTOR_BYTES)
     }
 
-    fn read(&mut self, offset: u64, to: &[Segment], work: &Work) -> io::Result<()> {
-        match &mut self.source {
-            Source::Raw(file) => transfer(file, offset, to, &work.ram, Direction::ToGuest),
-            Source::Nbd(client) => client.read(offset, to, work),
-        }
-    }
-
-    /// A full disk is not an error of the guest's: the write waits until there is room.
-    fn write(&mut self, offset: u64, from: &[Segment], work: &Work) -> io::Result<()> {
-        match &mut self.source {
-            Source::Raw(file) => until_there_is_room(work, || {
-                transfer(file, offset, from, &work.ram, Direction::FromGuest)
-            }),
-            Source::Nbd(client) => client.write(offset, from, work),
-        }
-    }
-
-    fn flush(&mut self, work: &Work) -> io::Result<()> {
-        match &mut self.source {
-            Source::Raw(file) => Ok(fdatasync(&*file)?),
-            Source::Nbd(client) => client.flush(work),
-        }
-    }
-
     /// Discard and write-zeroes: one range (`max_*_seg` is 1).
-    fn clear(&mut self, kind: u32, ranges: &[Segment], work: &Work) -> Done {
-        let Source::Raw(file) = &self.source else { return UNSUPPORTED };
+    fn decide_clear(&self, kind: u32, ranges: &[Segment], work: &Work) -> Act {
+        if matches!(self.source, Source::Nbd(_)) {
+            return UNSUPPORTED;
+        }
         let mut range = [0; RANGE_BYTES];
         if total(ranges) != RANGE_BYTES || copy_out(&work.ram, ranges, &mut range) != RANGE_BYTES {
             return FAILED;
@@ -126,37 +139,37 @@ impl Disk {
         }
         let len = u64::from(sectors) * SECTOR_BYTES;
         let offset = self.offset(u64::from_le_bytes(sector), len as usize);
-        let Some(offset) = offset.filter(|_| sectors > 0 && sectors <= CLEAR_SECTORS_MAX) else {
-            return FAILED;
-        };
-        let mode = if kind == VIRTIO_BLK_T_DISCARD || flags & UNMAP != 0 {
-            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE
-        } else {
-            FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE
-        };
-        let result = until_there_is_room(work, || match fallocate(file, mode, offset, len) {
-            Err(rustix::io::Errno::OPNOTSUPP) if kind == VIRTIO_BLK_T_DISCARD => Ok(()),
-            Err(rustix::io::Errno::OPNOTSUPP) => zero(file, offset, len),
-            other => Ok(other?),
-        });
-        if result.is_ok() { OK } else { FAILED }
+        match offset.filter(|_| sectors > 0 && sectors <= CLEAR_SECTORS_MAX) {
+            None => FAILED,
+            Some(offset) if kind == VIRTIO_BLK_T_DISCARD => Act::Discard { offset, len },
+            Some(offset) => Act::Zero { offset, len, unmap: flags & UNMAP != 0 },
+        }
     }
 }
 
-fn until_there_is_room(work: &Work, mut act: impl FnMut() -> io::Result<()>) -> io::Result<()> {
-    loop {
-        match act() {
-            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
-                let stop = crate::devices::borrow(&work.stop);
-                let timeout = Timespec { tv_sec: FULL_DISK_RETRY_S, tv_nsec: 0 };
-                if poll(&mut [PollFd::new(&stop, PollFlags::IN)], Some(&timeout))
-                    .is_ok_and(|ready| ready > 0)
-                {
-                    return Err(error);
-                }
-            }
-            other => return other,
+/// Carries out a request that moves or changes a file's bytes.
+pub(super) fn perform(file: &File, job: &Job, work: &Work) -> io::Result<()> {
+    const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE;
+    const KEEP: FallocateFlags = FallocateFlags::KEEP_SIZE;
+    let not_supported = |error: &rustix::io::Errno| *error == rustix::io::Errno::OPNOTSUPP;
+    match job.act {
+        Act::Read(at) => transfer(file, at, &job.request.to_guest, &work.ram, Direction::ToGuest),
+        Act::Write(at) => {
+            transfer(file, at, &job.request.from_guest, &work.ram, Direction::FromGuest)
         }
+        Act::Flush => Ok(fdatasync(file)?),
+        Act::Discard { offset, len } => match fallocate(file, PUNCH | KEEP, offset, len) {
+            Err(error) if not_supported(&error) => Ok(()),
+            other => Ok(other?),
+        },
+        Act::Zero { offset, len, unmap } => {
+            let mode = if unmap { PUNCH } else { FallocateFlags::ZERO_RANGE };
+            match fallocate(file, mode | KEEP, offset, len) {
+                Err(error) if not_supported(&error) => zero(file, offset, len),
+                other => Ok(other?),
+            }
+        }
+        Act::GetId | Act::Refuse(_) => Ok(()),
     }
 }
 

@@ -1,23 +1,45 @@
-//! virtio-blk (virtio 1.2, section 5.2): one queue, one thread, requests one after another.
+//! virtio-blk (virtio 1.2, section 5.2): one queue, one thread.
 //!
-//! `request` turns a descriptor chain into a plain request, `execute` carries it out on a
-//! `source` (a raw file, or an NBD server over a socket).
+//! `request` turns a descriptor chain into a plain request, `execute` decides what it asks for and
+//! carries it out on a raw file, one after another; `nbd` has many under way on a socket.
+//!
+//! # Changes that wait
+//! A write, discard or write-zeroes passes only under the host's lease (`abi::lease`), looked at
+//! right before it is carried out or begun to be sent. Otherwise it is held back, without an error,
+//! and tried again every [`LEASE_LOOK`]; so is one that finds the disk full. Reads and flushes go on.
+//!
+//! What passed just before the lease ended is not called back. On a file that is one request of
+//! each disk, inside one system call; the leader waits a margin beyond the lease before it acts,
+//! and a call that hangs longer than that changes nothing but this host's own file, which others
+//! reach only through this host's storage process. On a socket it is what was sent and is not
+//! answered; the volume's home cuts this connection off, and waits for what it is executing,
+//! before it admits anyone else.
 
 pub mod execute;
+pub mod link;
 pub mod nbd;
 pub mod request;
 
-use super::chain::Buffers;
-use super::{Backend, Device, DeviceError, DeviceKind, Work};
+use super::chain::{Buffers, copy_in, total};
+use super::{Backend, Device, DeviceError, DeviceKind, Work, borrow};
 use crate::config::{DiskConfig, DiskSource};
 use crate::process::resources::{Access, ResourceError, Supply};
-use nbd::NbdClient;
+use abi::lease::LeaseView;
+use execute::{Act, Job, perform};
+use link::DiskLink;
+use nbd::{Answer, NbdClient};
 use request::Request;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
@@ -31,6 +53,13 @@ const QUEUE_SIZE: u16 = 256;
 const SEGMENTS: u32 = 254;
 /// Most sectors of one discard or write-zeroes request.
 pub const CLEAR_SECTORS_MAX: u32 = 1 << 22;
+/// How often a held change looks at the lease again.
+pub const LEASE_LOOK: Duration = Duration::from_millis(50);
+/// How long a change waits before it tries a full disk again.
+const FULL_DISK_RETRY: Duration = Duration::from_secs(1);
+/// How long requests in flight may go on when the device shall stop, so that a driver's reset does
+/// not break the connection.
+const STOP_GRACE: Duration = Duration::from_secs(2);
 /// Length of a serial number.
 pub const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
@@ -54,14 +83,25 @@ pub struct Disk {
     pub read_only: bool,
     /// Its serial number, zero padded.
     pub serial: [u8; SERIAL_BYTES],
+    lease: Option<Arc<LeaseView>>,
+    /// Changes that wait for the lease or for room.
+    held: VecDeque<Job>,
+    /// When the disk was found full: not before then is it tried again.
+    full_until: Option<Instant>,
+    link: Option<Arc<DiskLink>>,
     bad_requests: u64,
 }
 
-/// Opens a disk.
-pub fn open(config: &DiskConfig, supply: &mut Supply) -> Result<Device, ResourceError> {
+/// Opens a disk, whose changes need `lease` where there is one.
+pub fn open(
+    config: &DiskConfig,
+    supply: &mut Supply,
+    lease: Option<Arc<LeaseView>>,
+) -> Result<Device, ResourceError> {
     let what = format!("disk {:?}", config.id);
     let unusable = |reason: String| ResourceError::Unusable { what: what.clone(), reason };
     let access = if config.read_only { Access::Read } else { Access::Write };
+    let mut link = None;
     let (source, size_bytes) = match &config.source {
         DiskSource::Raw(resource) => {
             let mut file = supply.file(resource, access, &what)?;
@@ -73,6 +113,8 @@ pub fn open(config: &DiskConfig, supply: &mut Supply) -> Result<Device, Resource
         DiskSource::Nbd { socket, size_bytes } => {
             let socket = supply.stream(socket, &what)?;
             let client = NbdClient::new(socket).map_err(|error| unusable(error.to_string()))?;
+            let made = DiskLink::new().map_err(|error| unusable(error.to_string()))?;
+            link = Some(Arc::new(made));
             (Source::Nbd(client), *size_bytes)
         }
     };
@@ -85,7 +127,17 @@ pub fn open(config: &DiskConfig, supply: &mut Supply) -> Result<Device, Resource
     let shown = config.serial.len().min(SERIAL_BYTES);
     serial[..shown].copy_from_slice(&config.serial.as_bytes()[..shown]);
     let sectors = size_bytes / SECTOR_BYTES;
-    let disk = Disk { source, sectors, read_only: config.read_only, serial, bad_requests: 0 };
+    let disk = Disk {
+        source,
+        sectors,
+        read_only: config.read_only,
+        serial,
+        lease,
+        held: VecDeque::new(),
+        full_until: None,
+        link: link.clone(),
+        bad_requests: 0,
+    };
     Ok(Device {
         id: config.id.clone(),
         kind: DeviceKind::Disk,
@@ -94,6 +146,7 @@ pub fn open(config: &DiskConfig, supply: &mut Supply) -> Result<Device, Resource
         queue_sizes: vec![QUEUE_SIZE],
         config: disk.config(),
         ring: None,
+        link,
         backend: Box::new(disk),
     })
 }
@@ -130,22 +183,24 @@ impl Disk {
         config
     }
 
-    /// Serves every request that waits.
-    fn serve(&mut self, work: &mut Work) -> Result<(), DeviceError> {
+    /// Takes every request that waits, and answers what can be answered at once; `false`: there may
+    /// be more, but as many as may be are under way.
+    fn serve(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
         let ram = work.ram.clone();
         let mut promised = false;
         loop {
             work.busy(0)?;
             let mut taken = 0;
-            while let Some(chain) = work.queues[0].pop_descriptor_chain(&ram) {
+            loop {
+                if self.under_way() >= usize::from(QUEUE_SIZE) {
+                    return Ok(false);
+                }
+                let Some(chain) = work.queues[0].pop_descriptor_chain(&ram) else { break };
                 let head = chain.head_index();
-                let written =
-                    self.answer(Buffers::collect(chain, &ram).and_then(Request::parse), work);
-                work.queues[0].add_used(&ram, head, written)?;
-                work.interrupt(0)?;
+                self.begin(head, Buffers::collect(chain, &ram).and_then(Request::parse), work)?;
                 taken += 1;
                 if work.stopping() {
-                    return Ok(());
+                    return Ok(true);
                 }
             }
             if promised && taken == 0 {
@@ -153,28 +208,226 @@ impl Disk {
             }
             promised = work.idle(0)?;
             if !promised {
-                return Ok(());
+                return Ok(true);
             }
         }
     }
 
-    /// Carries a request out and stores its status; returns the bytes written to the guest.
-    fn answer(&mut self, request: Option<Request>, work: &Work) -> u32 {
+    /// Requests that were taken and are not answered.
+    fn under_way(&self) -> usize {
+        self.held.len()
+            + match &self.source {
+                Source::Raw(_) => 0,
+                Source::Nbd(client) => client.len(),
+            }
+    }
+
+    fn begin(
+        &mut self,
+        head: u16,
+        request: Option<Request>,
+        work: &mut Work,
+    ) -> Result<(), DeviceError> {
         let Some(request) = request else {
             self.bad_requests += 1;
-            return 0;
+            return finish(work, head, 0);
         };
-        let done = execute::execute(self, &request, work);
-        let _ = work.ram.write_obj(done.status, GuestAddress(request.status));
-        done.written + 1
+        let act = self.decide(&request, work);
+        self.proceed(Job { head, request, act }, work)
     }
+
+    /// Carries a request out, hands it to the connection, or holds it back.
+    fn proceed(&mut self, job: Job, work: &mut Work) -> Result<(), DeviceError> {
+        if matches!(job.act, Act::GetId | Act::Refuse(_)) {
+            return self.answer(&job, Ok(()), work);
+        }
+        let held = job.act.changes() && !self.may_change();
+        match &mut self.source {
+            // A remote disk's requests keep their order in the connection's own list.
+            Source::Nbd(client) => client.submit(job),
+            Source::Raw(_) if held => self.held.push_back(job),
+            Source::Raw(file) => match perform(file, &job, work) {
+                Err(error) if is_full(&error) && job.act.changes() => self.hold_for_room(job),
+                done => return self.answer(&job, done, work),
+            },
+        }
+        Ok(())
+    }
+
+    /// Whether the lease allows changes now.
+    fn may_change(&self) -> bool {
+        self.lease.as_ref().is_none_or(|lease| lease.allows_writes())
+    }
+
+    /// A full disk is not an error of the guest's: the change waits until there is room.
+    fn hold_for_room(&mut self, job: Job) {
+        self.held.push_back(job);
+        self.full_until = Some(Instant::now() + FULL_DISK_RETRY);
+    }
+
+    /// Stores a request's status and gives its buffers back.
+    fn answer(
+        &mut self,
+        job: &Job,
+        done: io::Result<()>,
+        work: &mut Work,
+    ) -> Result<(), DeviceError> {
+        let (status, written) = match (job.act, done) {
+            (Act::Refuse(status), _) => (status, 0),
+            (_, Err(_)) => (VIRTIO_BLK_S_IOERR as u8, 0),
+            (Act::GetId, Ok(())) => {
+                let written = copy_in(&work.ram, &job.request.to_guest, &self.serial);
+                (VIRTIO_BLK_S_OK as u8, written as u32)
+            }
+            (Act::Read(_), Ok(())) => (VIRTIO_BLK_S_OK as u8, total(&job.request.to_guest) as u32),
+            (_, Ok(())) => (VIRTIO_BLK_S_OK as u8, 0),
+        };
+        let _ = work.ram.write_obj(status, GuestAddress(job.request.status));
+        finish(work, job.head, written + 1)
+    }
+
+    /// Tries again what was held back.
+    fn retry(&mut self, work: &mut Work) -> Result<(), DeviceError> {
+        if self.full_until.is_some_and(|until| Instant::now() < until) || !self.may_change() {
+            return Ok(());
+        }
+        self.full_until = None;
+        for _ in 0..self.held.len() {
+            // What finds the disk full goes to the end, and the rest waits for the next time.
+            let Some(job) = self.held.pop_front() else { break };
+            self.proceed(job, work)?;
+            if self.full_until.is_some() || work.stopping() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends and receives on a remote disk's connection.
+    fn exchange(&mut self, work: &mut Work) -> Result<(), DeviceError> {
+        let allowed = self.may_change();
+        let (Source::Nbd(client), Some(link)) = (&mut self.source, &self.link) else {
+            return Ok(());
+        };
+        if let Some(socket) = link.take() {
+            client.replace(socket);
+        }
+        let mut answered = Vec::new();
+        if client.exchange(work, allowed, &mut answered).is_err() {
+            client.lose();
+        }
+        if client.socket().is_none() {
+            link.lose();
+        }
+        for (job, answer) in answered {
+            match answer {
+                Answer::Done => self.answer(&job, Ok(()), work)?,
+                Answer::Failed => self.answer(&job, Err(io::ErrorKind::Other.into()), work)?,
+                Answer::NoSpace if job.act.changes() => self.hold_for_room(job),
+                Answer::NoSpace => {
+                    self.answer(&job, Err(io::ErrorKind::StorageFull.into()), work)?
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// How long to sleep at most.
+    fn patience(&self) -> Option<Duration> {
+        let waits_for_lease = match &self.source {
+            Source::Raw(_) => !self.held.is_empty(),
+            Source::Nbd(client) => !self.held.is_empty() || client.holds_changes(),
+        };
+        if waits_for_lease && !self.may_change() {
+            return Some(LEASE_LOOK);
+        }
+        let full = self.full_until.map(|until| until.saturating_duration_since(Instant::now()));
+        full.filter(|_| !self.held.is_empty())
+    }
+
+    /// Sleeps until there is something to do; `false`: stop.
+    fn sleep(&self, work: &Work) -> Result<bool, DeviceError> {
+        let (stop, doorbell) = (borrow(&work.stop), borrow(&work.doorbell));
+        let mut set =
+            vec![PollFd::new(&stop, PollFlags::IN), PollFd::new(&doorbell, PollFlags::IN)];
+        if let Some(link) = &self.link {
+            set.push(PollFd::from_borrowed_fd(borrow(link.wake()), PollFlags::IN));
+        }
+        if let Source::Nbd(client) = &self.source
+            && let Some(socket) = client.socket()
+        {
+            let send = if client.wants_to_send() { PollFlags::OUT } else { PollFlags::empty() };
+            set.push(PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN | send));
+        }
+        let timeout = self.patience().map(|patience| Timespec {
+            tv_sec: patience.as_secs() as i64,
+            // Rounded up, so that what is waited for has come then.
+            tv_nsec: i64::from(patience.subsec_nanos()).min(999_000_000) + 999_999,
+        });
+        match poll(&mut set, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+        let (stopped, rung) = (!set[0].revents().is_empty(), !set[1].revents().is_empty());
+        if rung {
+            let _ = work.doorbell.read();
+        }
+        Ok(!stopped)
+    }
+
+    /// The device stops: what was held back is never answered, and what a connection has in flight
+    /// ends or the connection does, because its data is in memory that the driver takes back.
+    fn settle(&mut self, work: &mut Work) {
+        self.held.clear();
+        self.full_until = None;
+        let Source::Nbd(client) = &mut self.source else { return };
+        client.forget();
+        let end = Instant::now() + STOP_GRACE;
+        let mut answered = Vec::new();
+        while client.in_flight() > 0 {
+            let left = end.saturating_duration_since(Instant::now());
+            let Some(socket) = client.socket().filter(|_| !left.is_zero()) else { break };
+            let send = if client.wants_to_send() { PollFlags::OUT } else { PollFlags::empty() };
+            let wanted = PollFd::new(socket, PollFlags::IN | send);
+            let timeout =
+                Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let _ = poll(&mut [wanted], Some(&timeout));
+            if client.exchange(work, false, &mut answered).is_err() {
+                break;
+            }
+        }
+        if client.in_flight() > 0 {
+            client.lose();
+            if let Some(link) = &self.link {
+                link.lose();
+            }
+        }
+        client.forget();
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
+fn finish(work: &mut Work, head: u16, written: u32) -> Result<(), DeviceError> {
+    let ram = work.ram.clone();
+    work.queues[0].add_used(&ram, head, written)?;
+    work.interrupt(0)
 }
 
 impl Backend for Disk {
     fn run(&mut self, mut work: Work) -> Result<(), DeviceError> {
         loop {
-            self.serve(&mut work)?;
-            if !work.wait(None)? {
+            self.retry(&mut work)?;
+            let all_taken = self.serve(&mut work)?;
+            self.exchange(&mut work)?;
+            let room = self.under_way() < usize::from(QUEUE_SIZE);
+            if !all_taken && room && !work.stopping() {
+                continue;
+            }
+            if !self.sleep(&work)? {
+                self.settle(&mut work);
                 return Ok(());
             }
         }

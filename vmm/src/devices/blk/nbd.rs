@@ -1,10 +1,23 @@
-//! NBD client in the transmission phase (the NBD protocol document, "Transmission phase"): one
-//! request at a time, simple replies. Whoever made the connection negotiated no more than that.
+//! NBD client in the transmission phase (the NBD protocol document, "Transmission phase"): simple
+//! replies, several requests at once, answered in any order. Whoever made the connection negotiated
+//! no more than that.
+//!
+//! ```text
+//!   unsent ──send──▶ sent ──reply──▶ done
+//!      ▲               │
+//!      └─ connection ──┘   lost: everything unanswered waits for another connection
+//! ```
+//!
+//! A lost connection is not the guest's matter: it sees a pause. What was not answered is sent
+//! again, which is right because reads and writes are at fixed offsets, and because the volume's
+//! home serves a new connection only after it has ended the old one with all it had in flight: an
+//! old write can't follow a newer one. What was answered and not flushed is in the page cache of
+//! the home's kernel, which a flush by another storage process of that host covers as well.
 
-use super::execute::{advance, io_vectors, mark_dirty};
+use super::execute::{Act, Job, advance, io_vectors, mark_dirty};
+use crate::devices::Work;
 use crate::devices::chain::{Segment, total};
-use crate::devices::{Work, borrow};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -18,156 +31,326 @@ const COMMAND_WRITE: u16 = 1;
 const COMMAND_FLUSH: u16 = 3;
 /// Most data of one request; servers refuse more.
 const DATA_BYTES_MAX: usize = 32 << 20;
+/// Most requests that the server has at one time.
+pub const IN_FLIGHT_MAX: usize = 64;
+const VECTORS_MAX: usize = 1024;
+/// The server's disk is full.
+const ERROR_NO_SPACE: u32 = 28;
+/// The server is about to close the connection.
+const ERROR_SHUTDOWN: u32 = 108;
 
-/// How long a request in flight may go on when the device shall stop, seconds.
-const STOP_GRACE_S: i64 = 2;
+/// What the server said to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It is done.
+    Done,
+    /// There is no room for it: try later.
+    NoSpace,
+    /// It can't be done.
+    Failed,
+}
 
-/// A connection to an NBD server.
+/// A connection to an NBD server, and what is asked on it.
 #[derive(Debug)]
 pub struct NbdClient {
-    socket: UnixStream,
+    socket: Option<UnixStream>,
     cookie: u64,
-    /// After an error in the stream nothing on it can be trusted: every request fails.
-    broken: bool,
+    unsent: VecDeque<Job>,
+    sending: Option<Sending>,
+    sent: BTreeMap<u64, Job>,
+    reply: [u8; REPLY_BYTES],
+    reply_bytes: usize,
+    receiving: Option<Receiving>,
+}
+
+/// A request of which the first `done` bytes, header included, are sent.
+#[derive(Debug)]
+struct Sending {
+    cookie: u64,
+    job: Job,
+    done: usize,
+}
+
+/// A read of which the first `done` bytes have come.
+#[derive(Debug)]
+struct Receiving {
+    cookie: u64,
+    done: usize,
 }
 
 impl NbdClient {
     /// Takes a connected socket.
     pub fn new(socket: UnixStream) -> io::Result<NbdClient> {
         rustix::io::ioctl_fionbio(&socket, true)?;
-        Ok(NbdClient { socket, cookie: 0, broken: false })
+        Ok(NbdClient {
+            socket: Some(socket),
+            cookie: 0,
+            unsent: VecDeque::new(),
+            sending: None,
+            sent: BTreeMap::new(),
+            reply: [0; REPLY_BYTES],
+            reply_bytes: 0,
+            receiving: None,
+        })
     }
 
-    /// Reads into guest memory.
-    pub fn read(&mut self, offset: u64, to: &[Segment], work: &Work) -> io::Result<()> {
-        let mut vectors = io_vectors(to, &work.ram)?;
-        self.request(COMMAND_READ, offset, total(to), &mut [], &mut vectors, work)?;
-        mark_dirty(to, &work.ram);
+    /// The connection, while there is one.
+    pub fn socket(&self) -> Option<&UnixStream> {
+        self.socket.as_ref()
+    }
+
+    /// Requests that are not answered.
+    pub fn len(&self) -> usize {
+        self.unsent.len() + self.in_flight()
+    }
+
+    /// Whether every request is answered.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Requests that the server has, or is about to.
+    pub fn in_flight(&self) -> usize {
+        self.sent.len() + usize::from(self.sending.is_some())
+    }
+
+    /// Whether there is something to send that needs only room in the socket.
+    pub fn wants_to_send(&self) -> bool {
+        self.sending.is_some()
+    }
+
+    /// Whether a change waits to be sent.
+    pub fn holds_changes(&self) -> bool {
+        self.unsent.iter().any(|job| job.act.changes())
+    }
+
+    /// Takes a request on.
+    pub fn submit(&mut self, job: Job) {
+        self.unsent.push_back(job);
+    }
+
+    /// Another connection takes the place of this one; everything unanswered is asked again there.
+    pub fn replace(&mut self, socket: UnixStream) {
+        self.lose();
+        self.socket = Some(socket);
+    }
+
+    /// Closes the connection. What it was asked waits, in the order it came.
+    pub fn lose(&mut self) {
+        self.socket = None;
+        self.reply_bytes = 0;
+        self.receiving = None;
+        let sending = self.sending.take().map(|sending| sending.job);
+        let unanswered: Vec<Job> =
+            std::mem::take(&mut self.sent).into_values().chain(sending).collect();
+        for job in unanswered.into_iter().rev() {
+            self.unsent.push_front(job);
+        }
+    }
+
+    /// Forgets every request: the driver was reset. The caller has waited for those in flight, or
+    /// has closed the connection.
+    pub fn forget(&mut self) {
+        self.unsent.clear();
+    }
+
+    /// Sends and receives what goes without waiting; `allowed`: changes may be sent. Answered
+    /// requests are handed to `answered`.
+    ///
+    /// # Errors
+    /// The connection is of no use any more: [`NbdClient::lose`] it.
+    pub fn exchange(
+        &mut self,
+        work: &Work,
+        allowed: bool,
+        answered: &mut Vec<(Job, Answer)>,
+    ) -> io::Result<()> {
+        if self.socket.is_none() {
+            return Ok(());
+        }
+        while self.receive(work, answered)? {}
+        while self.send(work, allowed, answered)? {}
         Ok(())
     }
 
-    /// Writes from guest memory.
-    pub fn write(&mut self, offset: u64, from: &[Segment], work: &Work) -> io::Result<()> {
-        let mut vectors = io_vectors(from, &work.ram)?;
-        self.request(COMMAND_WRITE, offset, total(from), &mut vectors, &mut [], work)
-    }
-
-    /// Makes everything that was acknowledged durable.
-    pub fn flush(&mut self, work: &Work) -> io::Result<()> {
-        self.request(COMMAND_FLUSH, 0, 0, &mut [], &mut [], work)
-    }
-
-    fn request(
+    /// Sends on; `false`: nothing is left, or the socket is full.
+    fn send(
         &mut self,
-        command: u16,
-        offset: u64,
-        len: usize,
-        send: &mut [libc::iovec],
-        receive: &mut [libc::iovec],
         work: &Work,
-    ) -> io::Result<()> {
-        if self.broken {
-            return Err(io::ErrorKind::BrokenPipe.into());
+        allowed: bool,
+        answered: &mut Vec<(Job, Answer)>,
+    ) -> io::Result<bool> {
+        let mut sending = match self.sending.take() {
+            Some(sending) => sending,
+            None => match self.next(allowed) {
+                Some(sending) => sending,
+                None => return Ok(false),
+            },
+        };
+        if total(sending.job.data()) > DATA_BYTES_MAX {
+            answered.push((sending.job, Answer::Failed));
+            return Ok(true);
         }
-        if len > DATA_BYTES_MAX {
-            return Err(io::ErrorKind::InvalidInput.into());
+        let mut head = sending.header();
+        let mut vectors = vec![vector(&mut head)];
+        if let Act::Write(_) = sending.job.act {
+            vectors.extend(io_vectors(&sending.job.request.from_guest, &work.ram)?);
         }
+        let all: usize = vectors.iter().map(|vector| vector.iov_len).sum();
+        let first = advance(&mut vectors, sending.done);
+        let moved = self.move_some(&mut vectors[first..], Direction::Send);
+        let moved = match moved {
+            Ok(moved) => moved,
+            Err(error) => {
+                self.sending = Some(sending);
+                return Err(error);
+            }
+        };
+        sending.done += moved.unwrap_or(0);
+        if sending.done == all {
+            self.sent.insert(sending.cookie, sending.job);
+        } else {
+            self.sending = Some(sending);
+        }
+        Ok(moved.is_some())
+    }
+
+    /// The next request that may be sent.
+    fn next(&mut self, allowed: bool) -> Option<Sending> {
+        if self.sent.len() >= IN_FLIGHT_MAX {
+            return None;
+        }
+        let index = self.unsent.iter().position(|job| allowed || !job.act.changes())?;
+        let job = self.unsent.remove(index)?;
         self.cookie += 1;
+        Some(Sending { cookie: self.cookie, job, done: 0 })
+    }
+
+    /// Receives on; `false`: nothing more is here.
+    fn receive(&mut self, work: &Work, answered: &mut Vec<(Job, Answer)>) -> io::Result<bool> {
+        if let Some(receiving) = self.receiving.take() {
+            return self.receive_data(receiving, work, answered);
+        }
+        let mut reply = self.reply;
+        let moved =
+            self.move_some(&mut [vector(&mut reply[self.reply_bytes..])], Direction::Receive)?;
+        self.reply = reply;
+        let Some(moved) = moved else { return Ok(false) };
+        self.reply_bytes += moved;
+        if self.reply_bytes < REPLY_BYTES {
+            return Ok(true);
+        }
+        self.reply_bytes = 0;
+        let word = |at: usize| {
+            u32::from_be_bytes([reply[at], reply[at + 1], reply[at + 2], reply[at + 3]])
+        };
+        let cookie = u64::from(word(8)) << 32 | u64::from(word(12));
+        if word(0) != REPLY_MAGIC || word(4) == ERROR_SHUTDOWN {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let Some(job) = self.sent.get(&cookie) else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        let answer = match word(4) {
+            0 => Answer::Done,
+            ERROR_NO_SPACE => Answer::NoSpace,
+            _ => Answer::Failed,
+        };
+        let has_data = matches!(job.act, Act::Read(_)) && total(&job.request.to_guest) > 0;
+        if answer == Answer::Done && has_data {
+            self.receiving = Some(Receiving { cookie, done: 0 });
+        } else if let Some(job) = self.sent.remove(&cookie) {
+            answered.push((job, answer));
+        }
+        Ok(true)
+    }
+
+    fn receive_data(
+        &mut self,
+        mut receiving: Receiving,
+        work: &Work,
+        answered: &mut Vec<(Job, Answer)>,
+    ) -> io::Result<bool> {
+        let Some(job) = self.sent.get(&receiving.cookie) else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        let to: &[Segment] = &job.request.to_guest;
+        let mut vectors = io_vectors(to, &work.ram)?;
+        let first = advance(&mut vectors, receiving.done);
+        let Some(moved) = self.move_some(&mut vectors[first..], Direction::Receive)? else {
+            self.receiving = Some(receiving);
+            return Ok(false);
+        };
+        receiving.done += moved;
+        if receiving.done < total(to) {
+            self.receiving = Some(receiving);
+            return Ok(true);
+        }
+        mark_dirty(to, &work.ram);
+        if let Some(job) = self.sent.remove(&receiving.cookie) {
+            answered.push((job, Answer::Done));
+        }
+        Ok(true)
+    }
+
+    /// Moves what the socket takes or has; `None`: it would have to wait.
+    fn move_some(
+        &self,
+        vectors: &mut [libc::iovec],
+        direction: Direction,
+    ) -> io::Result<Option<usize>> {
+        let Some(socket) = &self.socket else { return Err(io::ErrorKind::NotConnected.into()) };
+        loop {
+            // SAFETY: a zeroed message header is valid; its vectors are ours or checked guest
+            // memory, and live through the call.
+            let moved = unsafe {
+                let mut message: libc::msghdr = std::mem::zeroed();
+                message.msg_iov = vectors.as_mut_ptr();
+                message.msg_iovlen = vectors.len().min(VECTORS_MAX);
+                match direction {
+                    Direction::Send => {
+                        libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL)
+                    }
+                    Direction::Receive => libc::recvmsg(socket.as_raw_fd(), &raw mut message, 0),
+                }
+            };
+            match moved {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                1.. => return Ok(Some(moved as usize)),
+                _ => {
+                    let error = io::Error::last_os_error();
+                    match error.kind() {
+                        io::ErrorKind::WouldBlock => return Ok(None),
+                        io::ErrorKind::Interrupted => {}
+                        _ => return Err(error),
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Send,
+    Receive,
+}
+
+impl Sending {
+    fn header(&self) -> [u8; REQUEST_BYTES] {
+        let (command, offset) = match self.job.act {
+            Act::Read(offset) => (COMMAND_READ, offset),
+            Act::Write(offset) => (COMMAND_WRITE, offset),
+            _ => (COMMAND_FLUSH, 0),
+        };
         let mut head = [0; REQUEST_BYTES];
         head[0..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
         head[6..8].copy_from_slice(&command.to_be_bytes());
         head[8..16].copy_from_slice(&self.cookie.to_be_bytes());
         head[16..24].copy_from_slice(&offset.to_be_bytes());
-        head[24..28].copy_from_slice(&(len as u32).to_be_bytes());
-        let exchanged = self.exchange(&mut head, send, receive, work);
-        // Only an error the server replied leaves the stream usable.
-        self.broken = exchanged.is_err();
-        match exchanged? {
-            0 => Ok(()),
-            error => Err(io::Error::from_raw_os_error(error as i32)),
-        }
-    }
-
-    /// Sends a request and receives its reply; returns the server's error number.
-    fn exchange(
-        &self,
-        head: &mut [u8; REQUEST_BYTES],
-        send: &mut [libc::iovec],
-        receive: &mut [libc::iovec],
-        work: &Work,
-    ) -> io::Result<u32> {
-        let mut out = vec![vector(head)];
-        out.extend_from_slice(send);
-        self.move_all(&mut out, PollFlags::OUT, work)?;
-        let mut reply = [0; REPLY_BYTES];
-        self.move_all(&mut [vector(&mut reply)], PollFlags::IN, work)?;
-        let word = |at: usize| {
-            u32::from_be_bytes([reply[at], reply[at + 1], reply[at + 2], reply[at + 3]])
-        };
-        if word(0) != REPLY_MAGIC || reply[8..16] != self.cookie.to_be_bytes() {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        let error = word(4);
-        if error == 0 {
-            self.move_all(receive, PollFlags::IN, work)?;
-        }
-        Ok(error)
-    }
-
-    fn move_all(
-        &self,
-        vectors: &mut [libc::iovec],
-        direction: PollFlags,
-        work: &Work,
-    ) -> io::Result<()> {
-        const VECTORS_MAX: usize = 1024;
-        let mut first = 0;
-        while first < vectors.len() {
-            let rest = &mut vectors[first..];
-            // SAFETY: a zeroed message header is valid; its vectors are ours or checked guest
-            // memory, and live through the call.
-            let moved = unsafe {
-                let mut message: libc::msghdr = std::mem::zeroed();
-                message.msg_iov = rest.as_mut_ptr();
-                message.msg_iovlen = rest.len().min(VECTORS_MAX);
-                if direction == PollFlags::OUT {
-                    libc::sendmsg(self.socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL)
-                } else {
-                    libc::recvmsg(self.socket.as_raw_fd(), &raw mut message, 0)
-                }
-            };
-            match moved {
-                0 if rest.iter().any(|vector| vector.iov_len > 0) => {
-                    return Err(io::ErrorKind::UnexpectedEof.into());
-                }
-                ..0 => {
-                    let error = io::Error::last_os_error();
-                    match error.kind() {
-                        io::ErrorKind::WouldBlock => self.wait(direction, work)?,
-                        io::ErrorKind::Interrupted => {}
-                        _ => return Err(error),
-                    }
-                }
-                _ => first += advance(rest, moved as usize),
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits for the socket. A device that shall stop gives the request in flight some time, so that
-    /// a driver's reset does not break the connection.
-    fn wait(&self, direction: PollFlags, work: &Work) -> io::Result<()> {
-        let stop = borrow(&work.stop);
-        let mut set = [PollFd::new(&stop, PollFlags::IN), PollFd::new(&self.socket, direction)];
-        poll(&mut set, None)?;
-        if !set[1].revents().is_empty() {
-            return Ok(());
-        }
-        let grace = Timespec { tv_sec: STOP_GRACE_S, tv_nsec: 0 };
-        match poll(&mut [PollFd::new(&self.socket, direction)], Some(&grace))? {
-            0 => Err(io::ErrorKind::TimedOut.into()),
-            _ => Ok(()),
-        }
+        let len = if command == COMMAND_FLUSH { 0 } else { total(self.job.data()) as u32 };
+        head[24..28].copy_from_slice(&len.to_be_bytes());
+        head
     }
 }
 

@@ -75,6 +75,7 @@ pub fn open(config: &NetConfig, supply: &mut Supply) -> Result<Device, ResourceE
         queue_sizes: vec![QUEUE_SIZE; 2],
         config: device_config,
         ring,
+        link: None,
         backend: Box::new(Nic::new(link)),
     })
 }
