@@ -21,6 +21,8 @@ use crate::{
 
 /// Nodes or voter sets in one membership.
 const MEMBERS_MAX: u32 = 1_024;
+/// Removed ids that are remembered.
+pub(crate) const REMOVED_MAX: usize = 4_096;
 /// Entries in one append request.
 const ENTRIES_MAX: u32 = 65_536;
 
@@ -105,6 +107,15 @@ impl Encoder {
     pub(crate) fn member_node(&mut self, node: &MemberNode) {
         self.bytes(node.address.as_bytes());
         self.bytes(node.name.as_bytes());
+        self.raw(&node.incarnation);
+    }
+
+    /// Callers bound how many there are.
+    pub(crate) fn ids(&mut self, ids: &BTreeSet<NodeId>) {
+        self.u32(ids.len() as u32);
+        for id in ids {
+            self.u64(*id);
+        }
     }
 
     pub(crate) fn entry(&mut self, entry: &LogEntry) {
@@ -152,14 +163,16 @@ impl Encoder {
         }
     }
 
-    pub(crate) fn append_result(&mut self, result: &AppendResult) {
+    /// `healing` says that the answering node's log lost something: then a conflict below what it
+    /// acknowledged before is no surprise.
+    pub(crate) fn append_result(&mut self, result: &AppendResult, healing: bool) {
         match result {
             Ok(matching) => {
                 self.u8(0);
                 self.option_log_id(matching.as_ref());
             }
             Err(StreamAppendError::Conflict(log_id)) => {
-                self.u8(1);
+                self.u8(if healing { 3 } else { 1 });
                 self.log_id(log_id);
             }
             Err(StreamAppendError::HigherVote(vote)) => {
@@ -280,7 +293,12 @@ impl<'a> Decoder<'a> {
     }
 
     pub(crate) fn member_node(&mut self) -> Result<MemberNode, DecodeError> {
-        Ok(MemberNode { address: self.text()?, name: self.text()? })
+        Ok(MemberNode { address: self.text()?, name: self.text()?, incarnation: self.id()? })
+    }
+
+    pub(crate) fn ids(&mut self) -> Result<BTreeSet<NodeId>, DecodeError> {
+        let count = self.count(REMOVED_MAX as u32, "too many removed nodes")?;
+        (0..count).map(|_| self.u64()).collect()
     }
 
     pub(crate) fn entry(&mut self) -> Result<LogEntry, DecodeError> {
@@ -333,11 +351,13 @@ impl<'a> Decoder<'a> {
         Ok(AppendRequest { vote, prev_log_id, entries, leader_commit })
     }
 
-    pub(crate) fn append_result(&mut self) -> Result<AppendResult, DecodeError> {
+    /// The result, and whether the node that sent it is healing.
+    pub(crate) fn append_result(&mut self) -> Result<(AppendResult, bool), DecodeError> {
         match self.u8()? {
-            0 => Ok(Ok(self.option_log_id()?)),
-            1 => Ok(Err(StreamAppendError::Conflict(self.log_id()?))),
-            2 => Ok(Err(StreamAppendError::HigherVote(self.vote()?))),
+            0 => Ok((Ok(self.option_log_id()?), false)),
+            1 => Ok((Err(StreamAppendError::Conflict(self.log_id()?)), false)),
+            2 => Ok((Err(StreamAppendError::HigherVote(self.vote()?)), false)),
+            3 => Ok((Err(StreamAppendError::Conflict(self.log_id()?)), true)),
             _ => Err(DecodeError("an append result of an unknown kind")),
         }
     }
@@ -375,7 +395,7 @@ mod tests {
     }
 
     fn membership() -> Membership {
-        let node = MemberNode { address: "a".into(), name: "b".into() };
+        let node = MemberNode { address: "a".into(), name: "b".into(), incarnation: [0x1c; 16] };
         Membership::new(vec![BTreeSet::from([1])], BTreeMap::from([(1, node)])).expect("valid")
     }
 
@@ -398,13 +418,14 @@ mod tests {
     }
 
     #[test]
-    fn a_membership_and_a_vote_have_the_bytes_they_had_in_version_1() {
+    fn a_membership_and_a_vote_have_the_bytes_they_had_in_version_2() {
         let mut encoder = Encoder::default();
         encoder.membership(&membership());
         encoder.vote(&Vote::new_committed(7, 8));
         let mut golden = vec![1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
         golden.extend_from_slice(&[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
         golden.extend_from_slice(&[1, 0, 0, 0, b'a', 1, 0, 0, 0, b'b']);
+        golden.extend_from_slice(&[0x1c; 16]);
         golden.extend_from_slice(&[7, 0, 0, 0, 0, 0, 0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 1]);
         assert_eq!(encoder.0, golden);
         let mut decoder = Decoder(&golden);

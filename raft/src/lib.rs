@@ -14,17 +14,22 @@
 //! `requests.rs`; what is committed reaches `state_machine.rs`.
 #![forbid(unsafe_code)]
 
+mod backup;
 mod codec;
 mod config;
 pub mod disk;
+mod healing;
 mod log_store;
+mod membership;
 mod node;
+mod offline;
 mod proposals;
 mod reads;
 mod requests;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim_disk;
 mod snapshot;
+mod space;
 mod state_machine;
 mod status;
 mod storage;
@@ -38,8 +43,14 @@ use std::net::SocketAddr;
 
 use futures::future::BoxFuture;
 
+pub use backup::{BackupInfo, read_backup};
 pub use config::{Config, Tls};
+pub use membership::RemoveVoterError;
 pub use node::{AddVoterError, BootstrapError, Raft, StartError};
+pub use offline::{
+    Inspection, OfflineError, RecoverAlone, RecoveredAlone, Restore, Restored, inspect,
+    recover_alone, restore,
+};
 pub use proposals::{ProposeError, Proposed};
 pub use reads::Unavailable;
 pub use snapshot::SnapshotError;

@@ -61,6 +61,24 @@ impl LogStore {
         self.read().size_bytes
     }
 
+    /// The last entry it holds or has dropped.
+    pub(crate) fn last(&self) -> Option<LogId> {
+        let memory = self.read();
+        memory.entries.values().next_back().map(|entry| entry.log_id).or(memory.purged)
+    }
+
+    /// Whether it holds this very entry, or a snapshot took its place.
+    pub(crate) fn holds(&self, log_id: LogId) -> bool {
+        let memory = self.read();
+        let held = memory.entries.get(&log_id.index).is_some_and(|entry| entry.log_id == log_id);
+        held || memory.purged.is_some_and(|purged| purged.index >= log_id.index)
+    }
+
+    /// Returns once everything it holds now is durable.
+    pub(crate) async fn flushed(&self) -> io::Result<()> {
+        self.durable(&[]).await
+    }
+
     fn read(&self) -> RwLockReadGuard<'_, Memory> {
         self.memory.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -69,10 +87,10 @@ impl LogStore {
         self.memory.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn durable(&self, record: Record) -> io::Result<()> {
+    async fn durable(&self, records: &[Record]) -> io::Result<()> {
         let (sender, receiver) = oneshot::channel();
         self.wal.submit(
-            &[record],
+            records,
             Some(Box::new(move |result| {
                 let _ = sender.send(result);
             })),
@@ -138,7 +156,7 @@ impl RaftLogStorage<Types> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
-        self.durable(Record::Vote(*vote)).await?;
+        self.durable(&[Record::Vote(*vote)]).await?;
         self.write().vote = Some(*vote);
         Ok(())
     }

@@ -2,9 +2,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io::{self, Read},
+    io,
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU64},
+    },
     time::Duration,
 };
 
@@ -25,16 +28,20 @@ use crate::{
     Proposed, SnapshotError, StateMachine, Status, TlsError, Unavailable, WalError,
     codec::Encoder,
     disk::HostDisk,
+    healing,
     log_store::{LOG_BYTES_TARGET, LogStore},
+    membership, offline,
     proposals::{Attempt, LeaderError, PROPOSALS_MAX},
     reads::{self, Rounds},
     requests::Incoming,
     snapshot::SnapshotFiles,
+    space,
     state_machine::{Machine, Published},
     storage,
     transport::{
         Kind,
         client::{Lane, Peers},
+        incarnations::{self, Incarnations},
         network::NetworkFactory,
         server,
         tls::TlsContext,
@@ -132,14 +139,20 @@ pub(crate) struct Core<S: StateMachine> {
     pub(crate) stop: watch::Sender<bool>,
     pub(crate) incoming: Mutex<HashMap<NodeId, Incoming>>,
     failure: watch::Sender<Option<String>>,
-    wal: Arc<Wal>,
+    /// What the log lost, while this node abstains.
+    pub(crate) healing: watch::Sender<Option<String>>,
+    /// No voter has space for its log.
+    pub(crate) refusing: AtomicBool,
+    pub(crate) incarnations: Arc<Incarnations>,
+    pub(crate) log: LogStore,
+    pub(crate) wal: Arc<Wal>,
     listen: SocketAddr,
     server: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// A node of a cluster. Clones are the same node.
 pub struct Raft<S: StateMachine> {
-    core: Arc<Core<S>>,
+    pub(crate) core: Arc<Core<S>>,
 }
 
 impl<S: StateMachine> Clone for Raft<S> {
@@ -168,18 +181,17 @@ impl<S: StateMachine> Raft<S> {
         prepare: Arc<dyn Prepare>,
         calls: Arc<dyn Calls>,
     ) -> Result<Self, StartError> {
-        let settings = Arc::new(openraft_config(&config)?);
+        let mut settings = openraft_config(&config)?;
         let tls = Arc::new(TlsContext::new(config.cluster_id, &config.tls)?);
         tls.check_own_name(&config.tls, config.node_id)?;
         let (opened, files) = open_storage(&config).await?;
         let recovered = opened.recovered;
-        if let Some(reason) = opened.healing {
-            return Err(StartError::Restore(reason));
-        }
+        let healing = watch::Sender::new(opened.healing);
+        let incarnations = Arc::new(Incarnations::new(opened.incarnation));
         opened.wal.start_thread(opened.writer)?;
         let wal = Arc::new(opened.wal);
         let (listener, listen) = bind(config.listen).await?;
-        let peers = Peers::new(config.node_id, tls.clone());
+        let peers = Peers::new(config.node_id, tls.clone(), incarnations.clone());
         let machine = Machine::new(initial, files);
         let published = machine.published();
         let network = NetworkFactory {
@@ -189,7 +201,8 @@ impl<S: StateMachine> Raft<S> {
             acknowledged: Arc::default(),
         };
         let log = LogStore::new(wal.clone(), recovered);
-        let raft = OpenRaft::new(config.node_id, settings, network, log.clone(), machine)
+        settings.enable_elect = healing.borrow().is_none();
+        let raft = OpenRaft::new(config.node_id, Arc::new(settings), network, log.clone(), machine)
             .await
             .map_err(|fatal| StartError::Restore(fatal.to_string()))?;
         let core = Arc::new(Core {
@@ -206,15 +219,24 @@ impl<S: StateMachine> Raft<S> {
             stop: watch::Sender::new(false),
             incoming: Mutex::default(),
             failure: watch::Sender::new(None),
+            healing,
+            refusing: AtomicBool::new(false),
+            incarnations: incarnations.clone(),
+            log: log.clone(),
             wal,
             listen,
             server: Mutex::default(),
         });
-        let serving =
-            server::serve(listener, tls, core.config.node_id, core.clone(), core.stop.subscribe());
+        let me = (core.config.node_id, incarnations);
+        let serving = server::serve(listener, tls, me, core.clone(), core.stop.subscribe());
         *lock(&core.server) = Some(tokio::spawn(serving));
         tokio::spawn(watch_failure(core.clone()));
         tokio::spawn(watch_size(core.clone(), log));
+        tokio::spawn(membership::watch_members(core.clone()));
+        tokio::spawn(space::watch_space(core.clone()));
+        if core.healing.borrow().is_some() {
+            tokio::spawn(healing::heal(core.clone()));
+        }
         Ok(Self { core })
     }
 
@@ -224,7 +246,8 @@ impl<S: StateMachine> Raft<S> {
     /// # Errors
     /// See [`BootstrapError`].
     pub async fn bootstrap(&self, me: Member) -> Result<(), BootstrapError> {
-        let members = BTreeMap::from([(self.core.config.node_id, MemberNode::from(&me))]);
+        let node = MemberNode::new(&me, self.core.incarnations.own);
+        let members = BTreeMap::from([(self.core.config.node_id, node)]);
         match self.core.raft.initialize(members).await {
             Ok(()) | Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(()),
             Err(error) => Err(BootstrapError::Stopped(error.to_string())),
@@ -238,7 +261,8 @@ impl<S: StateMachine> Raft<S> {
     /// See [`AddVoterError`].
     pub async fn add_voter(&self, id: NodeId, member: Member) -> Result<(), AddVoterError> {
         let core = &self.core;
-        let node = MemberNode::from(&member);
+        // The leader asks the node itself which directory it runs on.
+        let node = MemberNode::new(&member, incarnations::NONE);
         let waited = core.config.propose_deadline;
         let deadline = Instant::now() + waited;
         let result = core
@@ -262,7 +286,9 @@ impl<S: StateMachine> Raft<S> {
             .await;
         let index = result.map_err(|error| match error {
             LeaderError::Deadline(reason) => AddVoterError::NotYet { id, waited, reason },
-            LeaderError::Rejected(reason) => AddVoterError::Rejected { id, reason },
+            LeaderError::Rejected(reason) | LeaderError::NoSpace(reason) => {
+                AddVoterError::Rejected { id, reason }
+            }
             LeaderError::Stopped(reason) => AddVoterError::Stopped(reason),
         })?;
         core.wait_applied(index, deadline).await;
@@ -414,6 +440,8 @@ impl<S: StateMachine> Core<S> {
                 .last_quorum_acked
                 .map(|at| u64::try_from(at.elapsed().as_millis()).unwrap_or(u64::MAX)),
             fsync_us_p50: self.wal.fsync_us_p50(),
+            healing: self.healing.borrow().clone(),
+            no_space: self.wal.no_space().borrow().clone(),
             failure: self.failure.borrow().clone(),
         }
     }
@@ -487,6 +515,8 @@ fn openraft_config(config: &Config) -> Result<openraft::Config, StartError> {
         // Entries leave for the followers while the leader's own flush runs.
         broadcast_submitted_on_append: Some(true),
         enable_pre_vote: Some(true),
+        // A healing follower's log goes back; any other that does is cut off by the transport.
+        allow_log_reversion: Some(true),
         // A restarted leader asks for votes like anyone else.
         enable_leader_restore: Some(false),
         backoff: "50ms".to_owned(),
@@ -502,19 +532,12 @@ async fn open_storage(
     let directory = config.directory.clone();
     let opening = move || {
         let fresh_incarnation =
-            random_id().map_err(|error| StartError::Config(error.to_string()))?;
+            offline::random_id().map_err(|error| StartError::Config(error.to_string()))?;
         storage::open(HostDisk, identity, directory, fresh_incarnation)
     };
     tokio::task::spawn_blocking(opening)
         .await
         .unwrap_or_else(|error| Err(StartError::Restore(error.to_string())))
-}
-
-/// Random bytes from the system.
-fn random_id() -> io::Result<[u8; 16]> {
-    let mut id = [0; 16];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut id)?;
-    Ok(id)
 }
 
 async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {

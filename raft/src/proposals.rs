@@ -52,6 +52,9 @@ pub enum ProposeError {
         /// What was seen last.
         reason: String,
     },
+    /// The cluster's disks are full; it was not proposed. Reads go on.
+    #[error("the cluster takes no writes: {0}")]
+    NoSpace(String),
     /// This node is shut down or its disk failed.
     #[error("this node has stopped: {0}")]
     Stopped(String),
@@ -67,12 +70,15 @@ pub(crate) enum Attempt<T> {
     Retry(String),
     /// It will never work.
     Rejected(String),
+    /// The leader's disk is full, and nobody else's is free.
+    NoSpace(String),
 }
 
 const ATTEMPT_DONE: u8 = 0;
 const ATTEMPT_NOT_LEADER: u8 = 1;
 const ATTEMPT_RETRY: u8 = 2;
 const ATTEMPT_REJECTED: u8 = 3;
+const ATTEMPT_NO_SPACE: u8 = 4;
 
 impl<T> Attempt<T> {
     pub(crate) fn encode(self, put: impl FnOnce(&mut Encoder, T)) -> Vec<u8> {
@@ -94,6 +100,10 @@ impl<T> Attempt<T> {
                 body.u8(ATTEMPT_REJECTED);
                 body.bytes(reason.as_bytes());
             }
+            Self::NoSpace(reason) => {
+                body.u8(ATTEMPT_NO_SPACE);
+                body.bytes(reason.as_bytes());
+            }
         }
         body.0
     }
@@ -108,6 +118,7 @@ impl<T> Attempt<T> {
             ATTEMPT_NOT_LEADER => body.option(Decoder::u64).map(Self::NotLeader),
             ATTEMPT_RETRY => body.text().map(Self::Retry),
             ATTEMPT_REJECTED => body.text().map(Self::Rejected),
+            ATTEMPT_NO_SPACE => body.text().map(Self::NoSpace),
             _ => Err(DecodeError("an answer of an unknown kind")),
         }
     }
@@ -123,6 +134,7 @@ impl<T> Attempt<T> {
 pub(crate) enum LeaderError {
     Deadline(String),
     Rejected(String),
+    NoSpace(String),
     Stopped(String),
 }
 
@@ -160,6 +172,7 @@ impl<S: StateMachine> Core<S> {
             match result {
                 Attempt::Done(value) => return Ok(value),
                 Attempt::Rejected(reason) => return Err(LeaderError::Rejected(reason)),
+                Attempt::NoSpace(reason) => return Err(LeaderError::NoSpace(reason)),
                 Attempt::NotLeader(Some(other)) if other != leader => {
                     reason = format!("node {leader} says node {other} leads");
                     hint = Some(other);
@@ -228,6 +241,7 @@ impl<S: StateMachine> Core<S> {
         let proposed = proposed.map_err(|error| match error {
             LeaderError::Deadline(reason) => ProposeError::NoLeader { waited, reason },
             LeaderError::Rejected(_) => ProposeError::TooLarge(COMMAND_BYTES_MAX + 1),
+            LeaderError::NoSpace(reason) => ProposeError::NoSpace(reason),
             LeaderError::Stopped(reason) => ProposeError::Stopped(reason),
         })?;
         if self.wait_applied(proposed.index, deadline).await {
@@ -270,6 +284,17 @@ impl<S: StateMachine> Core<S> {
     ) -> Attempt<Proposed> {
         if self.leader() != Some(self.config.node_id) {
             return Attempt::NotLeader(self.leader());
+        }
+        if let Some(reason) = self.wal.no_space().borrow().clone() {
+            // Internal entries keep the room that is left.
+            return if self.refusing.load(Ordering::Relaxed) {
+                Attempt::NoSpace(format!("node {}: {reason}", self.config.node_id))
+            } else {
+                Attempt::Retry(format!(
+                    "node {} hands its leadership over: {reason}",
+                    self.config.node_id
+                ))
+            };
         }
         let prepared = self.prepare.prepare(command);
         if prepared.len() > COMMAND_BYTES_MAX {

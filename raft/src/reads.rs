@@ -151,6 +151,7 @@ impl<S: StateMachine> Core<S> {
         let index = index.map_err(|error| match error {
             LeaderError::Deadline(reason)
             | LeaderError::Rejected(reason)
+            | LeaderError::NoSpace(reason)
             | LeaderError::Stopped(reason) => Unavailable { waited, reason },
         })?;
         if self.wait_applied(index, deadline).await {

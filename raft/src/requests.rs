@@ -1,14 +1,13 @@
 //! What peers ask of this node.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     net::SocketAddr,
     sync::{Arc, PoisonError},
 };
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::BoxStream};
 use openraft::{
-    ChangeMembers,
     async_runtime::watch::WatchReceiver,
     raft::{AppendEntriesResponse, StreamAppendError, TransferLeaderRequest},
 };
@@ -18,11 +17,11 @@ use crate::{
     NodeId, StateMachine,
     codec::{Decoder, Encoder},
     node::Core,
-    proposals::{Attempt, write_failed},
+    proposals::Attempt,
     snapshot::SNAPSHOT_BYTES_MAX,
     transport::TransportError,
     transport::{Kind, client::Lane, server::Requests},
-    types::{AppendRequest, AppendResult, MemberNode, Snapshot, SnapshotData, SnapshotMeta, Vote},
+    types::{AppendRequest, AppendResult, Snapshot, SnapshotData, SnapshotMeta, Vote},
 };
 
 /// A snapshot that arrives in pieces.
@@ -37,6 +36,7 @@ struct Chunk<'a> {
     vote: Vote,
     meta: SnapshotMeta,
     time_ms: u64,
+    removed: BTreeSet<NodeId>,
     length: usize,
     crc: u32,
     offset: usize,
@@ -59,6 +59,9 @@ impl<S: StateMachine> Requests for Core<S> {
                 Kind::Propose => self.handle_propose(&body).await,
                 Kind::ReadIndex => Ok(self.local_reads.join().await.encode(Encoder::u64)),
                 Kind::AddVoter => self.handle_add_voter(&body).await,
+                Kind::RemoveVoter => self.handle_remove_voter(&body).await,
+                Kind::Describe => Ok(self.handle_describe()),
+                Kind::LastLog => Ok(self.handle_last_log().await),
                 Kind::Call => Ok(self.calls.call(peer, body).await),
                 Kind::Hello | Kind::Append | Kind::Reply | Kind::Refused => {
                     Err(format!("{kind:?} is not a request"))
@@ -76,6 +79,10 @@ impl<S: StateMachine> Requests for Core<S> {
             .stream_append(appends)
             .map(|result| result.map_err(|fatal| fatal.to_string()))
             .boxed()
+    }
+
+    fn is_healing(&self) -> bool {
+        self.healing.borrow().is_some()
     }
 
     fn peer_connected(&self, peer: NodeId) {
@@ -96,6 +103,7 @@ impl<S: StateMachine> Core<S> {
         if self.raft.metrics().borrow_watched().last_log_index.is_none() {
             return Err(format!("node {} has no log and so no vote", self.config.node_id));
         }
+        self.check_whole()?;
         let response = match kind {
             Kind::PreVote => self.raft.pre_vote(request).await,
             _ => self.raft.vote(request).await,
@@ -103,6 +111,14 @@ impl<S: StateMachine> Core<S> {
         let mut answer = Encoder::default();
         answer.vote_response(&response.map_err(text)?);
         Ok(answer.0)
+    }
+
+    /// A node whose log lost something has no say in elections ([`crate::healing`]).
+    fn check_whole(&self) -> Result<(), String> {
+        if self.healing.borrow().is_none() {
+            return Ok(());
+        }
+        Err(format!("node {} abstains until its damaged log is healed", self.config.node_id))
     }
 
     async fn handle_heartbeat(&self, peer: NodeId, body: &[u8]) -> Result<Vec<u8>, String> {
@@ -123,7 +139,7 @@ impl<S: StateMachine> Core<S> {
             AppendEntriesResponse::HigherVote(vote) => Err(StreamAppendError::HigherVote(vote)),
         };
         let mut answer = Encoder::default();
-        answer.append_result(&result);
+        answer.append_result(&result, self.is_healing());
         Ok(answer.0)
     }
 
@@ -144,7 +160,11 @@ impl<S: StateMachine> Core<S> {
         }
         let snapshot = Snapshot {
             meta: chunk.meta,
-            snapshot: SnapshotData { time_ms: chunk.time_ms, state: Arc::new(state) },
+            snapshot: SnapshotData {
+                time_ms: chunk.time_ms,
+                removed: chunk.removed,
+                state: Arc::new(state),
+            },
         };
         let response = self.raft.install_full_snapshot(chunk.vote, snapshot).await;
         Ok(encode_vote(&response.map_err(text)?.vote))
@@ -180,6 +200,9 @@ impl<S: StateMachine> Core<S> {
         let to = decoder.u64().map_err(text)?;
         let last_log_id = decoder.option_log_id().map_err(text)?;
         check_sender(peer, &vote)?;
+        if to == self.config.node_id {
+            self.check_whole()?;
+        }
         let request = TransferLeaderRequest::new(vote, to, last_log_id);
         match self.raft.handle_transfer_leader(request).await.map_err(text)? {
             Ok(()) => Ok(Vec::new()),
@@ -208,54 +231,11 @@ impl<S: StateMachine> Core<S> {
         Ok(attempt.encode(Encoder::u64))
     }
 
-    /// Adds a voter as the leader: it learns first, and votes once it has caught up. Returns the
-    /// index of the membership.
-    pub(crate) async fn add_voter_here(&self, id: NodeId, node: MemberNode) -> Attempt<u64> {
-        let (is_voter, known, index) = {
-            let metrics = self.raft.metrics();
-            let metrics = metrics.borrow_watched();
-            let membership = &metrics.membership_config;
-            let is_voter = membership.voter_ids().any(|voter| voter == id);
-            let known = membership.get_node(&id).cloned();
-            (is_voter, known, membership.log_id().map_or(0, |id| id.index))
-        };
-        if is_voter && known.as_ref() == Some(&node) {
-            return Attempt::Done(index);
-        }
-        let learned = if known.is_some_and(|known| known != node) {
-            let moved = ChangeMembers::SetNodes(BTreeMap::from([(id, node)]));
-            self.raft.change_membership(moved, true).await
-        } else {
-            self.raft.add_learner(id, node, false).await
-        };
-        match learned {
-            Ok(response) => self.learner_holds(id, response.log_id.index).await,
-            Err(error) => return write_failed(error),
-        }
-        let voters = ChangeMembers::AddVoterIds(BTreeSet::from([id]));
-        match self.raft.change_membership(voters, true).await {
-            Ok(response) => Attempt::Done(response.log_id.index),
-            Err(error) => write_failed(error),
-        }
-    }
-
-    /// Waits until a learner is known to hold an entry. A node that can't be reached must not
-    /// become a voter: it would only weaken the quorum. The caller's deadline ends the wait, and
-    /// so does the loss of leadership.
-    async fn learner_holds(&self, id: NodeId, index: u64) {
-        let mut metrics = self.raft.metrics();
-        loop {
-            let holds = match &metrics.borrow_watched().replication {
-                None => true,
-                Some(all) => {
-                    let matched = all.get(&id).copied().flatten();
-                    matched.is_some_and(|matched| matched.index >= index)
-                }
-            };
-            if holds || metrics.changed().await.is_err() {
-                return;
-            }
-        }
+    async fn handle_remove_voter(&self, body: &[u8]) -> Result<Vec<u8>, String> {
+        let mut decoder = Decoder(body);
+        let id = decoder.u64().map_err(text)?;
+        decoder.end().map_err(text)?;
+        Ok(self.remove_voter_here(id).await.encode(Encoder::u64))
     }
 
     /// Asks a member that is not this node.
@@ -296,6 +276,7 @@ fn decode_chunk(body: &[u8]) -> Result<Chunk<'_>, crate::codec::DecodeError> {
         vote: decoder.vote()?,
         meta: decoder.snapshot_meta()?,
         time_ms: decoder.u64()?,
+        removed: decoder.ids()?,
         length: usize::try_from(decoder.u64()?).unwrap_or(usize::MAX),
         crc: decoder.u32()?,
         offset: usize::try_from(decoder.u64()?).unwrap_or(usize::MAX),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! magic "TRINESNP" | version u32 | node id u64 | cluster id 16 | meta length u32 | meta
-//! | time_ms u64 | state length u64 | state | crc32c u32 over all before it
+//! | time_ms u64 | removed ids: count u32, u64 each | state length u64 | state | crc32c u32 over all before it
 //! ```
 
 use std::{
@@ -19,7 +19,7 @@ use crate::{
 };
 
 const MAGIC: &[u8; 8] = b"TRINESNP";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const SUFFIX: &str = ".snap";
 const SUFFIX_NEW: &str = ".snap.new";
 const KEPT: usize = 2;
@@ -97,13 +97,30 @@ impl<D: Disk> SnapshotFiles<D> {
 
     /// The newest snapshot that can be read; a damaged one is passed over with a warning.
     pub(crate) fn newest(&self) -> Result<Option<Snapshot>, SnapshotError> {
+        let (snapshot, damage) = self.newest_and_damage()?;
+        for error in damage {
+            tracing::error!(%error, "passing over a snapshot");
+        }
+        Ok(snapshot)
+    }
+
+    /// The newest snapshot that can be read, and why newer ones can't.
+    pub(crate) fn newest_and_damage(
+        &self,
+    ) -> Result<(Option<Snapshot>, Vec<String>), SnapshotError> {
+        let mut damage = Vec::new();
         for path in self.paths(SUFFIX)?.iter().rev() {
             match self.load(path) {
-                Ok(snapshot) => return Ok(Some(snapshot)),
-                Err(error) => tracing::error!(%error, "passing over a snapshot"),
+                Ok(snapshot) => return Ok((Some(snapshot), damage)),
+                Err(error) => damage.push(error.to_string()),
             }
         }
-        Ok(None)
+        Ok((None, damage))
+    }
+
+    /// Whether there is no snapshot at all.
+    pub(crate) fn is_empty(&self) -> Result<bool, SnapshotError> {
+        Ok(self.paths(SUFFIX)?.is_empty())
     }
 
     fn load(&self, path: &Path) -> Result<Snapshot, SnapshotError> {
@@ -143,6 +160,7 @@ fn encode(identity: Identity, meta: &SnapshotMeta, data: &SnapshotData) -> Vec<u
     file.raw(&identity.cluster_id);
     file.bytes(&meta_bytes.0);
     file.u64(data.time_ms);
+    file.ids(&data.removed);
     file.u64(data.state.len() as u64);
     file.raw(&data.state);
     let crc = crc32c::crc32c(&file.0);
@@ -168,10 +186,11 @@ fn decode(identity: Identity, bytes: &[u8]) -> Result<Snapshot, DecodeError> {
     let meta = meta_decoder.snapshot_meta()?;
     meta_decoder.end()?;
     let time_ms = decoder.u64()?;
+    let removed = decoder.ids()?;
     let length = usize::try_from(decoder.u64()?).map_err(|_| DecodeError("a snapshot's length"))?;
     let state = Arc::new(decoder.take(length)?.to_vec());
     decoder.end()?;
-    Ok(Snapshot { meta, snapshot: SnapshotData { time_ms, state } })
+    Ok(Snapshot { meta, snapshot: SnapshotData { time_ms, removed, state } })
 }
 
 fn io_error(act: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SnapshotError {
@@ -199,7 +218,7 @@ mod tests {
     }
 
     fn data(state: &[u8]) -> SnapshotData {
-        SnapshotData { time_ms: 5, state: Arc::new(state.to_vec()) }
+        SnapshotData { time_ms: 5, removed: [7].into(), state: Arc::new(state.to_vec()) }
     }
 
     #[test]
@@ -234,12 +253,13 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_has_the_bytes_it_had_in_version_1() {
+    fn a_snapshot_has_the_bytes_it_had_in_version_2() {
         let bytes = encode(IDENTITY, &SnapshotMeta::default(), &data(b"s"));
-        let mut golden = b"TRINESNP\x01\0\0\0\x01\0\0\0\0\0\0\0".to_vec();
+        let mut golden = b"TRINESNP\x02\0\0\0\x01\0\0\0\0\0\0\0".to_vec();
         golden.extend_from_slice(&[9; 16]);
         golden.extend_from_slice(&[10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         golden.extend_from_slice(&5u64.to_le_bytes());
+        golden.extend_from_slice(&[1, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0]);
         golden.extend_from_slice(&1u64.to_le_bytes());
         golden.push(b's');
         assert_eq!(bytes[..bytes.len() - 4], golden);

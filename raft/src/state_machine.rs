@@ -2,6 +2,7 @@
 //! builds and installs snapshots.
 
 use std::{
+    collections::BTreeSet,
     io,
     sync::{Arc, PoisonError, RwLock},
 };
@@ -14,32 +15,50 @@ use openraft::{
 use tokio::sync::watch;
 
 use crate::{
-    Entry, StateMachine,
+    Entry, NodeId, SnapshotError, StateMachine,
+    codec::REMOVED_MAX,
     disk::HostDisk,
     snapshot::{SNAPSHOT_BYTES_MAX, SnapshotFiles},
     types::{
-        Command, LogEntry, LogId, Snapshot, SnapshotData, SnapshotMeta, StoredMembership, Types,
+        Command, LogEntry, LogId, Membership, Snapshot, SnapshotData, SnapshotMeta,
+        StoredMembership, Types,
     },
+    wal::{SPACE_PAUSE, is_no_space},
 };
+
+/// A state with where in the log it is.
+#[derive(Clone)]
+pub(crate) struct Picture<V> {
+    pub(crate) view: V,
+    pub(crate) last_applied: Option<LogId>,
+    pub(crate) membership: Arc<StoredMembership>,
+    pub(crate) removed: Arc<BTreeSet<NodeId>>,
+    pub(crate) time_ms: u64,
+}
 
 /// What readers see of the state machine.
 pub(crate) struct Published<S: StateMachine> {
-    view: RwLock<S::View>,
+    picture: RwLock<Picture<S::View>>,
     /// Index of the last applied entry; a new cluster's first entry has index 0.
     applied: watch::Sender<u64>,
 }
 
 impl<S: StateMachine> Published<S> {
     pub(crate) fn view(&self) -> S::View {
-        self.view.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.picture.read().unwrap_or_else(PoisonError::into_inner).view.clone()
+    }
+
+    pub(crate) fn picture(&self) -> Picture<S::View> {
+        self.picture.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub(crate) fn applied(&self) -> watch::Receiver<u64> {
         self.applied.subscribe()
     }
 
-    fn publish(&self, view: S::View, applied: Option<LogId>) {
-        *self.view.write().unwrap_or_else(PoisonError::into_inner) = view;
+    fn publish(&self, picture: Picture<S::View>) {
+        let applied = picture.last_applied;
+        *self.picture.write().unwrap_or_else(PoisonError::into_inner) = picture;
         if let Some(log_id) = applied {
             self.applied.send_replace(log_id.index);
         }
@@ -50,7 +69,9 @@ impl<S: StateMachine> Published<S> {
 pub(crate) struct Machine<S: StateMachine> {
     state: S,
     last_applied: Option<LogId>,
-    membership: StoredMembership,
+    membership: Arc<StoredMembership>,
+    /// Ids that were members once: they never come back.
+    removed: Arc<BTreeSet<NodeId>>,
     time_ms: u64,
     published: Arc<Published<S>>,
     files: SnapshotFiles<HostDisk>,
@@ -58,12 +79,20 @@ pub(crate) struct Machine<S: StateMachine> {
 
 impl<S: StateMachine> Machine<S> {
     pub(crate) fn new(state: S, files: SnapshotFiles<HostDisk>) -> Self {
+        let picture = Picture {
+            view: state.view(),
+            last_applied: None,
+            membership: Arc::default(),
+            removed: Arc::default(),
+            time_ms: 0,
+        };
         let published =
-            Arc::new(Published { view: RwLock::new(state.view()), applied: watch::Sender::new(0) });
+            Arc::new(Published { picture: RwLock::new(picture), applied: watch::Sender::new(0) });
         Self {
             state,
             last_applied: None,
-            membership: StoredMembership::default(),
+            membership: Arc::default(),
+            removed: Arc::default(),
             time_ms: 0,
             published,
             files,
@@ -80,9 +109,37 @@ impl<S: StateMachine> Machine<S> {
             EntryPayload::Blank => Vec::new(),
             EntryPayload::Normal(command) => self.apply_command(entry.log_id.index, command),
             EntryPayload::Membership(membership) => {
-                self.membership = StoredMembership::new(Some(entry.log_id), membership);
+                self.note_removed(&membership);
+                self.membership = Arc::new(StoredMembership::new(Some(entry.log_id), membership));
                 Vec::new()
             }
+        }
+    }
+
+    fn note_removed(&mut self, next: &Membership) {
+        let gone: Vec<NodeId> = self
+            .membership
+            .nodes()
+            .map(|(id, _)| *id)
+            .filter(|id| next.get_node(id).is_none())
+            .collect();
+        if gone.is_empty() {
+            return;
+        }
+        let removed = Arc::make_mut(&mut self.removed);
+        removed.extend(gone);
+        while removed.len() > REMOVED_MAX {
+            removed.pop_first();
+        }
+    }
+
+    fn picture(&self) -> Picture<S::View> {
+        Picture {
+            view: self.state.view(),
+            last_applied: self.last_applied,
+            membership: self.membership.clone(),
+            removed: self.removed.clone(),
+            time_ms: self.time_ms,
         }
     }
 
@@ -102,7 +159,7 @@ impl<S: StateMachine> RaftStateMachine<Types> for Machine<S> {
     type SnapshotBuilder = Builder<S>;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
-        Ok((self.last_applied, self.membership.clone()))
+        Ok((self.last_applied, StoredMembership::clone(&self.membership)))
     }
 
     async fn apply<T>(&mut self, mut entries: T) -> Result<(), io::Error>
@@ -118,7 +175,7 @@ impl<S: StateMachine> RaftStateMachine<Types> for Machine<S> {
             }
         }
         // The view comes first: whoever is answered must find its own write in it.
-        self.published.publish(self.state.view(), self.last_applied);
+        self.published.publish(self.picture());
         for (responder, outcome) in answers {
             responder.send(outcome);
         }
@@ -126,15 +183,7 @@ impl<S: StateMachine> RaftStateMachine<Types> for Machine<S> {
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
-        Builder {
-            view: self.state.view(),
-            meta: SnapshotMeta {
-                last_log_id: self.last_applied,
-                last_membership: self.membership.clone(),
-            },
-            time_ms: self.time_ms,
-            files: self.files.clone(),
-        }
+        Builder { picture: self.picture(), files: self.files.clone() }
     }
 
     async fn install_snapshot(
@@ -142,20 +191,19 @@ impl<S: StateMachine> RaftStateMachine<Types> for Machine<S> {
         meta: &SnapshotMeta,
         snapshot: SnapshotData,
     ) -> Result<(), io::Error> {
-        let (files, saved_meta) = (self.files.clone(), meta.clone());
-        let (state, snapshot) = blocking(move || {
-            let state = S::restore(&snapshot.state).map_err(|reason| {
-                io::Error::other(format!("can't restore a snapshot: {reason}"))
-            })?;
-            files.save(&saved_meta, &snapshot).map_err(io::Error::other)?;
-            Ok((state, snapshot))
+        let bytes = snapshot.state.clone();
+        let state = blocking(move || {
+            S::restore(&bytes)
+                .map_err(|reason| io::Error::other(format!("can't restore a snapshot: {reason}")))
         })
         .await?;
+        saved(&self.files, meta, &snapshot).await?;
         self.state = state;
         self.time_ms = snapshot.time_ms;
+        self.removed = Arc::new(snapshot.removed);
         self.last_applied = meta.last_log_id;
-        self.membership = meta.last_membership.clone();
-        self.published.publish(self.state.view(), self.last_applied);
+        self.membership = Arc::new(meta.last_membership.clone());
+        self.published.publish(self.picture());
         Ok(())
     }
 
@@ -167,9 +215,7 @@ impl<S: StateMachine> RaftStateMachine<Types> for Machine<S> {
 
 /// Writes one view as a snapshot file while `apply` goes on.
 pub(crate) struct Builder<S: StateMachine> {
-    view: S::View,
-    meta: SnapshotMeta,
-    time_ms: u64,
+    picture: Picture<S::View>,
     files: SnapshotFiles<HostDisk>,
 }
 
@@ -177,21 +223,51 @@ impl<S: StateMachine> RaftSnapshotBuilder<Types> for Builder<S> {
     type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        let view = self.view.clone();
-        let (files, meta, time_ms) = (self.files.clone(), self.meta.clone(), self.time_ms);
-        blocking(move || {
-            let state = S::snapshot(&view);
-            if state.len() > SNAPSHOT_BYTES_MAX {
-                return Err(io::Error::other(format!(
-                    "a snapshot of {} bytes is over the limit of {SNAPSHOT_BYTES_MAX}",
-                    state.len()
-                )));
+        let (files, picture) = (self.files.clone(), self.picture.clone());
+        let snapshot = blocking(move || Self::encode(&picture)).await?;
+        saved(&files, &snapshot.meta, &snapshot.snapshot).await?;
+        Ok(snapshot)
+    }
+}
+
+impl<S: StateMachine> Builder<S> {
+    fn encode(picture: &Picture<S::View>) -> io::Result<Snapshot> {
+        let state = S::snapshot(&picture.view);
+        if state.len() > SNAPSHOT_BYTES_MAX {
+            return Err(io::Error::other(format!(
+                "a snapshot of {} bytes is over the limit of {SNAPSHOT_BYTES_MAX}",
+                state.len()
+            )));
+        }
+        let snapshot = SnapshotData {
+            time_ms: picture.time_ms,
+            removed: BTreeSet::clone(&picture.removed),
+            state: Arc::new(state),
+        };
+        let meta = SnapshotMeta {
+            last_log_id: picture.last_applied,
+            last_membership: StoredMembership::clone(&picture.membership),
+        };
+        Ok(Snapshot { meta, snapshot })
+    }
+}
+
+/// Saves a snapshot; waits for space as long as there is none, because openraft stops a node whose
+/// snapshot fails, and a full disk must not.
+async fn saved(
+    files: &SnapshotFiles<HostDisk>,
+    meta: &SnapshotMeta,
+    data: &SnapshotData,
+) -> io::Result<()> {
+    loop {
+        let (files, meta, data) = (files.clone(), meta.clone(), data.clone());
+        match blocking(move || Ok(files.save(&meta, &data))).await? {
+            Err(SnapshotError::Io { source, path, .. }) if is_no_space(&source) => {
+                tracing::error!(path = %path.display(), "a snapshot waits for space");
+                tokio::time::sleep(SPACE_PAUSE).await;
             }
-            let snapshot = SnapshotData { time_ms, state: Arc::new(state) };
-            files.save(&meta, &snapshot).map_err(io::Error::other)?;
-            Ok(Snapshot { meta, snapshot })
-        })
-        .await
+            result => return result.map_err(io::Error::other),
+        }
     }
 }
 

@@ -29,6 +29,10 @@ pub struct Status {
     pub quorum_ms: Option<u64>,
     /// Median of the recent `fdatasync` calls, in microseconds.
     pub fsync_us_p50: Option<u32>,
+    /// What its log lost: until its peers have given it back, this node doesn't vote.
+    pub healing: Option<String>,
+    /// Why its log can't grow now; it goes on when there is space.
+    pub no_space: Option<String>,
     /// Why it stopped for good.
     pub failure: Option<String>,
 }

@@ -1,7 +1,7 @@
 //! openraft's generic types with our parameters filled in: nothing below this crate's surface
 //! names an openraft generic anywhere else.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeSet, fmt, sync::Arc};
 
 use openraft::vote::leader_id_adv;
 use serde::{Deserialize, Serialize};
@@ -56,18 +56,25 @@ impl fmt::Display for Command {
 pub(crate) struct MemberNode {
     pub(crate) address: String,
     pub(crate) name: String,
+    /// Names the directory that the member was added with: a wiped node has another.
+    pub(crate) incarnation: Incarnation,
 }
 
-impl From<&Member> for MemberNode {
-    fn from(member: &Member) -> Self {
-        Self { address: member.address.to_string(), name: member.name.clone() }
+/// Random bytes made with a node's directory.
+pub(crate) type Incarnation = [u8; 16];
+
+impl MemberNode {
+    pub(crate) fn new(member: &Member, incarnation: Incarnation) -> Self {
+        Self { address: member.address.to_string(), name: member.name.clone(), incarnation }
     }
 }
 
-/// A whole state as bytes: the time of its last command, then what the state machine wrote.
+/// A whole state as bytes: the time of its last command, the ids that were ever removed, then what
+/// the state machine wrote.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) struct SnapshotData {
     pub(crate) time_ms: u64,
+    pub(crate) removed: BTreeSet<NodeId>,
     pub(crate) state: Arc<Vec<u8>>,
 }
 

@@ -22,11 +22,13 @@ use tokio_rustls::client::TlsStream;
 use super::{
     CONNECT_TIMEOUT, CallError, Kind, PROTOCOL_VERSION, TransportError,
     frame::{self, FRAME_BYTES_MAX, Frame, OUTGOING_FRAMES_MAX},
+    incarnations::{self, Incarnations},
     tls::TlsContext,
 };
 use crate::{
     CALL_BYTES_MAX, NodeId, Tls,
-    codec::{Decoder, Encoder},
+    codec::{DecodeError, Decoder, Encoder},
+    types::Incarnation,
 };
 
 /// First pause after a failed attempt to connect; it doubles …
@@ -52,12 +54,17 @@ pub(crate) enum Lane {
 pub(crate) struct Peers {
     me: NodeId,
     tls: Arc<TlsContext>,
+    pub(crate) incarnations: Arc<Incarnations>,
     links: Mutex<HashMap<(NodeId, Lane), Arc<Link>>>,
 }
 
 impl Peers {
-    pub(crate) fn new(me: NodeId, tls: Arc<TlsContext>) -> Arc<Self> {
-        Arc::new(Self { me, tls, links: Mutex::default() })
+    pub(crate) fn new(
+        me: NodeId,
+        tls: Arc<TlsContext>,
+        incarnations: Arc<Incarnations>,
+    ) -> Arc<Self> {
+        Arc::new(Self { me, tls, incarnations, links: Mutex::default() })
     }
 
     /// The link to a peer; a changed address replaces the link.
@@ -71,6 +78,7 @@ impl Peers {
                     peer,
                     address,
                     tls: self.tls.clone(),
+                    incarnations: self.incarnations.clone(),
                     state: AsyncMutex::default(),
                     current: Mutex::default(),
                     retry_at: Mutex::default(),
@@ -101,6 +109,7 @@ pub(crate) struct Link {
     peer: NodeId,
     address: SocketAddr,
     tls: Arc<TlsContext>,
+    incarnations: Arc<Incarnations>,
     /// Held while connecting, so that only one attempt runs.
     state: AsyncMutex<Attempts>,
     current: Mutex<Option<Arc<Connection>>>,
@@ -130,7 +139,8 @@ impl Link {
                 reason: attempts.reason.clone(),
             });
         }
-        let attempt = Connection::open(&self.tls, self.me, Some(self.peer), self.address).await;
+        let expected = Some((self.peer, &*self.incarnations));
+        let attempt = Connection::open(&self.tls, self.me, expected, self.address).await;
         match attempt {
             Ok(connection) => {
                 *attempts = Attempts::default();
@@ -184,7 +194,7 @@ impl Connection {
     pub(crate) async fn open(
         tls: &TlsContext,
         me: NodeId,
-        expected: Option<NodeId>,
+        expected: Option<(NodeId, &Incarnations)>,
         address: SocketAddr,
     ) -> Result<Self, TransportError> {
         timeout(CONNECT_TIMEOUT, Self::open_inner(tls, me, expected, address))
@@ -195,21 +205,27 @@ impl Connection {
     async fn open_inner(
         tls: &TlsContext,
         me: NodeId,
-        expected: Option<NodeId>,
+        expected: Option<(NodeId, &Incarnations)>,
         address: SocketAddr,
     ) -> Result<Self, TransportError> {
         let connect = |source| TransportError::Connect { address, source };
         let tcp = TcpStream::connect(address).await.map_err(connect)?;
         tcp.set_nodelay(true).map_err(connect)?;
-        let (connector, name) = tls.connector(expected);
+        let (connector, name) = tls.connector(expected.map(|(node, _)| node));
         let mut stream = connector.connect(name, tcp).await.map_err(connect)?;
-        let claimed = say_hello(&mut stream, tls, me, address).await?;
+        let own = expected.map_or(incarnations::NONE, |(_, incarnations)| incarnations.own);
+        let (claimed, incarnation) = say_hello(&mut stream, tls, (me, own), address).await?;
         let chain = stream.get_ref().1.peer_certificates();
-        if expected.is_some_and(|expected| expected != claimed) || !tls.names(chain, claimed) {
+        if expected.is_some_and(|(expected, _)| expected != claimed) || !tls.names(chain, claimed) {
             return Err(TransportError::Identity {
                 address,
                 reason: format!("it says it is node {claimed}"),
             });
+        }
+        if let Some((node, incarnations)) = expected {
+            incarnations
+                .check(node, incarnation)
+                .map_err(|reason| TransportError::Identity { address, reason })?;
         }
         Ok(Self::start(stream))
     }
@@ -303,15 +319,16 @@ impl Drop for Answer {
 async fn say_hello(
     stream: &mut TlsStream<TcpStream>,
     tls: &TlsContext,
-    me: NodeId,
+    (me, incarnation): (NodeId, Incarnation),
     address: SocketAddr,
-) -> Result<NodeId, TransportError> {
+) -> Result<(NodeId, Incarnation), TransportError> {
     use tokio::io::AsyncWriteExt;
     let connect = |source| TransportError::Connect { address, source };
     let mut body = Encoder::default();
     body.u32(PROTOCOL_VERSION);
     body.raw(&tls.cluster_id);
     body.u64(me);
+    body.raw(&incarnation);
     let hello = Frame { request: 0, kind: Kind::Hello, body: body.0 };
     let mut bytes = Vec::new();
     frame::encode(&hello, &mut bytes);
@@ -319,14 +336,20 @@ async fn say_hello(
     stream.flush().await.map_err(connect)?;
     let answer = frame::read(stream).await.map_err(connect)?.ok_or(TransportError::Closed)?;
     match answer.kind {
-        Kind::Reply => Decoder(&answer.body)
-            .u64()
+        Kind::Reply => decode_welcome(&answer.body)
             .map_err(|error| TransportError::Identity { address, reason: error.to_string() }),
         _ => Err(TransportError::Identity {
             address,
             reason: String::from_utf8_lossy(&answer.body).into_owned(),
         }),
     }
+}
+
+fn decode_welcome(body: &[u8]) -> Result<(NodeId, Incarnation), DecodeError> {
+    let mut decoder = Decoder(body);
+    let welcome = (decoder.u64()?, decoder.id()?);
+    decoder.end()?;
+    Ok(welcome)
 }
 
 /// Calls for a process that has a certificate of the cluster but no running [`crate::Raft`].

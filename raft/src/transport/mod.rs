@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! connect ─► TLS 1.3, both sides prove a name of the cluster's authority
-//!         ─► hello (protocol version, cluster id, node id; must match the certificate's name)
+//!         ─► hello (protocol version, cluster id, node id, incarnation; must match the
+//!            certificate's name and the membership)
 //!         ─► frames in both directions: requests from the connector, replies from the acceptor
 //! ```
 //! Consensus traffic has a connection of its own, so neither a snapshot, a large call nor a crowd of
@@ -11,6 +12,7 @@
 
 pub(crate) mod client;
 pub(crate) mod frame;
+pub(crate) mod incarnations;
 pub(crate) mod network;
 pub(crate) mod server;
 pub(crate) mod tls;
@@ -20,7 +22,7 @@ use std::{io, net::SocketAddr, time::Duration};
 use crate::NodeId;
 
 /// Version of the protocol; a peer of another is refused with a clear answer.
-pub(crate) const PROTOCOL_VERSION: u32 = 1;
+pub(crate) const PROTOCOL_VERSION: u32 = 2;
 /// How long a TCP connection, its handshake and its hello may take together.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -41,6 +43,11 @@ pub(crate) enum Kind {
     ReadIndex = 17,
     AddVoter = 18,
     Call = 19,
+    RemoveVoter = 32,
+    /// Which directory a node runs on, and whether it could lead.
+    Describe = 33,
+    /// The last entry of a leader that a quorum still follows.
+    LastLog = 34,
     /// The answer to the request of the same id.
     Reply = 128,
     /// The request of the same id was refused; the body is a sentence.
@@ -49,7 +56,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
-        const ALL: [Kind; 13] = [
+        const ALL: [Kind; 16] = [
             Kind::Hello,
             Kind::Vote,
             Kind::PreVote,
@@ -61,6 +68,9 @@ impl Kind {
             Kind::ReadIndex,
             Kind::AddVoter,
             Kind::Call,
+            Kind::RemoveVoter,
+            Kind::Describe,
+            Kind::LastLog,
             Kind::Reply,
             Kind::Refused,
         ];

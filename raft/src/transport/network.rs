@@ -34,8 +34,8 @@ use crate::{
     NodeId,
     codec::{DecodeError, Decoder, Encoder},
     types::{
-        AppendRequest, AppendResult, LeaderId, MemberNode, Snapshot, SnapshotData, Types, Vote,
-        VoteRequest, VoteResponse,
+        AppendRequest, AppendResult, Incarnation, LeaderId, MemberNode, Snapshot, SnapshotData,
+        Types, Vote, VoteRequest, VoteResponse,
     },
 };
 
@@ -70,6 +70,7 @@ impl RaftNetworkFactory<Types> for NetworkFactory {
             me: self.me,
             target,
             address: node.address.clone(),
+            incarnation: node.incarnation,
             peers: self.peers.clone(),
             streams: self.streams.clone(),
             acknowledged: self.acknowledged.clone(),
@@ -87,6 +88,7 @@ pub(crate) struct Network {
     me: NodeId,
     target: NodeId,
     address: String,
+    incarnation: Incarnation,
     peers: Arc<Peers>,
     streams: Arc<AtomicU64>,
     acknowledged: Arc<Acknowledged>,
@@ -102,6 +104,7 @@ impl Network {
                 self.target, self.address
             )))
         })?;
+        self.peers.incarnations.expect(self.target, self.incarnation);
         Ok(self.peers.link(self.target, address, lane))
     }
 
@@ -138,7 +141,7 @@ fn undecodable(error: DecodeError) -> RpcError {
     RPCError::Network(NetworkError::new(&error))
 }
 
-fn decode_append_result(bytes: &[u8]) -> Result<AppendResult, RpcError> {
+fn decode_append_result(bytes: &[u8]) -> Result<(AppendResult, bool), RpcError> {
     let mut decoder = Decoder(bytes);
     let result = decoder.append_result().map_err(undecodable)?;
     decoder.end().map_err(undecodable)?;
@@ -244,12 +247,13 @@ impl RaftNetworkV2<Types> for Network {
 }
 
 impl Network {
-    /// A peer that no longer holds what it acknowledged to this very leader has lost its disk. It is
-    /// cut off: openraft asserts that this never happens, and the peer's vote can't be trusted.
+    /// A peer that no longer holds what it acknowledged to this very leader has a damaged log, says
+    /// so, and gets everything again ([`crate::healing`]). One that doesn't say so runs on an old copy
+    /// of its directory: it is cut off, because its vote can't be trusted.
     fn check_acknowledged(
         &self,
         leader: LeaderId,
-        result: AppendResult,
+        (result, healing): (AppendResult, bool),
     ) -> Result<AppendResult, RpcError> {
         let mut all = self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner);
         let known = all.get(&self.target).filter(|(of, _)| *of == leader).map(|(_, index)| *index);
@@ -257,11 +261,14 @@ impl Network {
             Ok(Some(matching)) if known.is_none_or(|known| known < matching.index) => {
                 all.insert(self.target, (leader, matching.index));
             }
+            Err(StreamAppendError::Conflict(_)) if healing => {
+                all.remove(&self.target);
+            }
             Err(StreamAppendError::Conflict(at))
                 if known.is_some_and(|known| at.index <= known) =>
             {
                 let reason = format!(
-                    "node {} has lost entries that it acknowledged; remove it and add it under a new id",
+                    "node {} has lost entries that it acknowledged; replace it with `trine cluster replace`",
                     self.target
                 );
                 tracing::error!(peer = self.target, "{reason}");
@@ -318,6 +325,7 @@ impl Network {
             body.vote(&vote);
             body.snapshot_meta(&snapshot.meta);
             body.u64(snapshot.snapshot.time_ms);
+            body.ids(&snapshot.snapshot.removed);
             body.u64(state.len() as u64);
             body.u32(crc);
             body.u64(offset as u64);

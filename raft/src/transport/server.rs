@@ -19,6 +19,7 @@ use tokio_rustls::server::TlsStream;
 use super::{
     CONNECT_TIMEOUT, Kind, PROTOCOL_VERSION,
     frame::{self, Frame, OUTGOING_FRAMES_MAX},
+    incarnations::{self, Incarnations},
     tls::TlsContext,
 };
 use crate::{
@@ -53,6 +54,9 @@ pub(crate) trait Requests: Send + Sync + 'static {
         appends: BoxStream<'static, AppendRequest>,
     ) -> BoxStream<'static, Result<AppendResult, String>>;
 
+    /// Whether this node's log lost something that its peers must give back.
+    fn is_healing(&self) -> bool;
+
     /// A peer has connected to us.
     fn peer_connected(&self, peer: NodeId);
 }
@@ -61,7 +65,16 @@ pub(crate) trait Requests: Send + Sync + 'static {
 struct Server<R> {
     tls: Arc<TlsContext>,
     me: NodeId,
+    incarnations: Arc<Incarnations>,
     requests: Arc<R>,
+}
+
+/// Who is on the other side.
+#[derive(Clone, Copy)]
+struct Peer {
+    id: NodeId,
+    /// It has no directory, so it takes no part in consensus.
+    only_calls: bool,
 }
 
 /// Returns once the node is told to stop.
@@ -73,11 +86,11 @@ pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
 pub(crate) async fn serve<R: Requests>(
     listener: TcpListener,
     tls: Arc<TlsContext>,
-    me: NodeId,
+    (me, incarnations): (NodeId, Arc<Incarnations>),
     requests: Arc<R>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let server = Arc::new(Server { tls, me, requests });
+    let server = Arc::new(Server { tls, me, incarnations, requests });
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -111,14 +124,16 @@ impl<R: Requests> Server<R> {
                 return;
             }
         };
-        self.requests.peer_connected(peer);
+        if !peer.only_calls {
+            self.requests.peer_connected(peer.id);
+        }
         if let Err(error) = self.serve_peer(stream, peer).await {
-            tracing::debug!(%address, peer, %error, "a raft connection ended");
+            tracing::debug!(%address, peer = peer.id, %error, "a raft connection ended");
         }
     }
 
     /// TLS, then the hello: the peer's certificate must name the node it says it is.
-    async fn authenticate(&self, tcp: TcpStream) -> io::Result<(TlsStream<TcpStream>, NodeId)> {
+    async fn authenticate(&self, tcp: TcpStream) -> io::Result<(TlsStream<TcpStream>, Peer)> {
         tcp.set_nodelay(true)?;
         let mut stream = self.tls.acceptor.accept(tcp).await?;
         let hello = frame::read(&mut stream).await?.ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -131,6 +146,7 @@ impl<R: Requests> Server<R> {
             Ok(_) => {
                 let mut body = Encoder::default();
                 body.u64(self.me);
+                body.raw(&self.incarnations.own);
                 (Kind::Reply, body.0)
             }
             Err(reason) => (Kind::Refused, reason.clone().into_bytes()),
@@ -142,23 +158,30 @@ impl<R: Requests> Server<R> {
             .map_err(|reason| io::Error::new(io::ErrorKind::PermissionDenied, reason))
     }
 
-    fn check_hello(&self, body: &[u8], stream: &TlsStream<TcpStream>) -> Result<NodeId, String> {
+    fn check_hello(&self, body: &[u8], stream: &TlsStream<TcpStream>) -> Result<Peer, String> {
         let mut decoder = Decoder(body);
-        let read = (|| Ok::<_, DecodeError>((decoder.u32()?, decoder.id()?, decoder.u64()?)))();
-        let (version, cluster_id, peer) = read.map_err(|error| error.to_string())?;
+        let text = |error: DecodeError| error.to_string();
+        let version = decoder.u32().map_err(text)?;
         if version != PROTOCOL_VERSION {
             return Err(format!("protocol version {version}: this node speaks {PROTOCOL_VERSION}"));
         }
+        let cluster_id = decoder.id().map_err(text)?;
+        let peer = decoder.u64().map_err(text)?;
+        let incarnation = decoder.id().map_err(text)?;
         if cluster_id != self.tls.cluster_id {
             return Err("this node belongs to another cluster".to_owned());
         }
         if !self.tls.names(stream.get_ref().1.peer_certificates(), peer) {
             return Err(format!("the certificate does not name node {peer}"));
         }
-        Ok(peer)
+        let only_calls = incarnation == incarnations::NONE;
+        if !only_calls {
+            self.incarnations.check(peer, incarnation)?;
+        }
+        Ok(Peer { id: peer, only_calls })
     }
 
-    async fn serve_peer(&self, stream: TlsStream<TcpStream>, peer: NodeId) -> io::Result<()> {
+    async fn serve_peer(&self, stream: TlsStream<TcpStream>, peer: Peer) -> io::Result<()> {
         let (read_half, write_half) = tokio::io::split(stream);
         let (outgoing, frames) = mpsc::channel(OUTGOING_FRAMES_MAX);
         let mut tasks = JoinSet::new();
@@ -170,14 +193,19 @@ impl<R: Requests> Server<R> {
         let mut appends: Option<AppendStream> = None;
         while let Some(frame) = frame::read(&mut reader).await? {
             while tasks.try_join_next().is_some() {}
+            if peer.only_calls && frame.kind != Kind::Call {
+                let refused = Err("a process without a raft directory may only call".to_owned());
+                let _ = outgoing.send(answer_frame(frame.request, refused)).await;
+                continue;
+            }
             if frame.kind == Kind::Append {
-                self.queue_append(&mut appends, frame, &outgoing, &mut tasks, peer).await?;
+                self.queue_append(&mut appends, frame, &outgoing, &mut tasks, peer.id).await?;
                 continue;
             }
             let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
             let (requests, outgoing) = (self.requests.clone(), outgoing.clone());
             tasks.spawn(async move {
-                let answer = requests.handle(peer, frame.kind, frame.body).await;
+                let answer = requests.handle(peer.id, frame.kind, frame.body).await;
                 let _ = outgoing.send(answer_frame(frame.request, answer)).await;
                 drop(permit);
             });
@@ -231,12 +259,13 @@ impl<R: Requests> Server<R> {
             Some((append, (receiver, id_sender)))
         });
         let mut results = self.requests.append(appends.boxed());
+        let requests = self.requests.clone();
         let answering = async move {
             while let Some(result) = results.next().await {
                 let Some(id) = ids.recv().await else { return };
                 let answer = result.map(|result| {
                     let mut body = Encoder::default();
-                    body.append_result(&result);
+                    body.append_result(&result, requests.is_healing());
                     body.0
                 });
                 if outgoing.send(answer_frame(id, answer)).await.is_err() {

@@ -28,7 +28,7 @@ pub(crate) use frame::Record;
 pub(crate) use recovery::{Opened, Opening, WalOptions};
 pub(crate) use segment::Identity;
 use tokio::sync::watch;
-pub(crate) use writer::{Done, Writer};
+pub(crate) use writer::{Done, SPACE_PAUSE, Writer, is_no_space};
 use writer::{Item, Latest, Shared};
 
 use crate::{

@@ -47,7 +47,7 @@ enum Step {
 /// and other entries behind it, snapshots and purges.
 fn script() -> Vec<Step> {
     let mut steps = vec![Step::Write(vec![Record::Vote(Vote::new(1, 1))])];
-    let mut append = |steps: &mut Vec<Step>, term, indexes: std::ops::Range<u64>, together| {
+    let append = |steps: &mut Vec<Step>, term, indexes: std::ops::Range<u64>, together| {
         let records: Vec<Record> = indexes.map(|index| Record::Entry(entry(term, index))).collect();
         steps.extend(records.chunks(together).map(|chunk| Step::Write(chunk.to_vec())));
     };
@@ -134,7 +134,11 @@ fn live(disk: &SimDisk, steps: &[Step], mut state: Expected) -> Result<Life, Wal
             }
             Step::Snapshot(log_id) => {
                 let meta = SnapshotMeta { last_log_id: Some(*log_id), ..Default::default() };
-                let data = SnapshotData { time_ms: 1, state: Arc::new(vec![7; 3_000]) };
+                let data = SnapshotData {
+                    time_ms: 1,
+                    removed: Default::default(),
+                    state: Arc::new(vec![7; 3_000]),
+                };
                 files.save(&meta, &data).is_ok()
             }
             Step::Write(records) => write(&wal, &mut writer, records),
@@ -445,7 +449,7 @@ fn a_purge_on_a_full_disk_makes_the_space_that_entries_wait_for() {
     disk.set_capacity(None);
     let files = SnapshotFiles::open(disk.clone(), directory().join("snapshots"), IDENTITY);
     let meta = SnapshotMeta { last_log_id: Some(log_id(1, index - 1)), ..Default::default() };
-    let data = SnapshotData { time_ms: 1, state: Arc::default() };
+    let data = SnapshotData { time_ms: 1, removed: Default::default(), state: Arc::default() };
     files.expect("open").save(&meta, &data).expect("save");
     let (opened, _) = open_with(&disk.crash(Loss::Nothing)).expect("reopen");
     assert_eq!(opened.healing, None);

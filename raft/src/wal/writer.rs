@@ -10,7 +10,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError},
-    task::{Poll, Waker},
+    task::Waker,
     thread,
     time::{Duration, Instant},
 };
@@ -327,6 +327,7 @@ impl<D: Disk> Writer<D> {
 
     /// As [`Writer::run`], as a task on a disk that doesn't block. `pause` passes between a write and
     /// its flush, and before space is looked for again.
+    #[cfg(any(test, feature = "sim"))]
     pub(crate) async fn run_as_task<P: Future<Output = ()>>(
         mut self,
         mut pause: impl FnMut(Duration) -> P,
@@ -364,8 +365,10 @@ impl<D: Disk> Writer<D> {
         }
     }
 
+    #[cfg(any(test, feature = "sim"))]
     async fn next_work_as_task(&self) -> Work {
-        futures::future::poll_fn(|context| {
+        use std::task::Poll;
+        std::future::poll_fn(|context| {
             let mut queue = lock(&self.shared.queue);
             match queue.take(None) {
                 Some(work) => Poll::Ready(work),

@@ -226,6 +226,17 @@ impl Cluster {
         }
     }
 
+    /// Reads until it can.
+    pub(crate) async fn eventually_reads(&self, node: &Raft<Store>) -> Arc<Store> {
+        let started = Instant::now();
+        loop {
+            match node.read().await {
+                Ok(view) => return view,
+                Err(error) => assert!(started.elapsed() < PATIENCE, "{error}"),
+            }
+        }
+    }
+
     pub(crate) async fn stop_all(mut self) {
         for (_, node) in std::mem::take(&mut self.nodes) {
             node.shutdown().await;
