@@ -463,4 +463,98 @@ mod tests {
             Some(DecodeError("an append with a hole in it"))
         );
     }
+
+    fn bytes_of(put: impl FnOnce(&mut Encoder)) -> Vec<u8> {
+        let mut encoder = Encoder::default();
+        put(&mut encoder);
+        encoder.0
+    }
+
+    /// Little-endian words one after the other.
+    fn words(words: &[u64]) -> Vec<u8> {
+        words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    }
+
+    fn joined(parts: &[&[u8]]) -> Vec<u8> {
+        parts.concat()
+    }
+
+    #[test]
+    fn votes_on_the_wire_have_the_bytes_they_had_in_version_2() {
+        let mut request = VoteRequest::new(Vote::new(7, 8), Some(log_id(2, 3, 4)));
+        request.leadership_transfer = true;
+        let golden = joined(&[&words(&[7, 8]), &[0, 1], &words(&[2, 3, 4]), &[1]]);
+        assert_eq!(bytes_of(|encoder| encoder.vote_request(&request)), golden);
+        assert_eq!(Decoder(&golden).vote_request().expect("request").vote, request.vote);
+        let response = VoteResponse::new(Vote::new(7, 8), None, true);
+        let golden = joined(&[&words(&[7, 8]), &[0, 1, 0]]);
+        assert_eq!(bytes_of(|encoder| encoder.vote_response(&response)), golden);
+        assert!(Decoder(&golden).vote_response().expect("response").vote_granted);
+    }
+
+    #[test]
+    fn appends_on_the_wire_have_the_bytes_they_had_in_version_2() {
+        let request = AppendRequest {
+            vote: Vote::new_committed(2, 3),
+            prev_log_id: Some(log_id(2, 3, 3)),
+            entries: vec![normal()],
+            leader_commit: Some(log_id(1, 1, 2)),
+        };
+        let entry =
+            joined(&[&words(&[2, 3, 4]), &[1], &words(&[5]), &[6; 16], &[2, 0, 0, 0, b'x', b'y']]);
+        let golden = joined(&[
+            &words(&[2, 3]),
+            &[1, 1],
+            &words(&[2, 3, 3]),
+            &[1],
+            &words(&[1, 1, 2]),
+            &[1, 0, 0, 0],
+            &entry,
+        ]);
+        assert_eq!(bytes_of(|encoder| encoder.append_request(&request)), golden);
+        assert_eq!(Decoder(&golden).append_request().expect("request").entries, [normal()]);
+    }
+
+    #[test]
+    fn append_results_have_the_bytes_they_had_in_version_2() {
+        let at = log_id(1, 2, 3);
+        let cases: [(AppendResult, bool, Vec<u8>); 5] = [
+            (Ok(None), false, vec![0, 0]),
+            (Ok(Some(at)), true, joined(&[&[0, 1], &words(&[1, 2, 3])])),
+            (Err(StreamAppendError::Conflict(at)), false, joined(&[&[1], &words(&[1, 2, 3])])),
+            (Err(StreamAppendError::Conflict(at)), true, joined(&[&[3], &words(&[1, 2, 3])])),
+            (
+                Err(StreamAppendError::HigherVote(Vote::new(4, 5))),
+                false,
+                joined(&[&[2], &words(&[4, 5]), &[0]]),
+            ),
+        ];
+        for (result, healing, golden) in cases {
+            assert_eq!(bytes_of(|encoder| encoder.append_result(&result, healing)), golden);
+            let (decoded, said_healing) = Decoder(&golden).append_result().expect("decodes");
+            assert_eq!(decoded, result);
+            let is_conflict = matches!(result, Err(StreamAppendError::Conflict(_)));
+            assert_eq!(said_healing, healing && is_conflict);
+        }
+    }
+
+    #[test]
+    fn a_snapshots_head_has_the_bytes_it_had_in_version_2() {
+        let meta = SnapshotMeta {
+            last_log_id: Some(log_id(1, 2, 3)),
+            last_membership: StoredMembership::new(None, membership()),
+        };
+        let golden = joined(&[
+            &[1],
+            &words(&[1, 2, 3]),
+            &[0],
+            &bytes_of(|encoder| encoder.membership(&membership())),
+        ]);
+        assert_eq!(bytes_of(|encoder| encoder.snapshot_meta(&meta)), golden);
+        assert_eq!(Decoder(&golden).snapshot_meta().expect("decodes"), meta);
+        let removed = BTreeSet::from([4, 9]);
+        let golden = joined(&[&[2, 0, 0, 0], &words(&[4, 9])]);
+        assert_eq!(bytes_of(|encoder| encoder.ids(&removed)), golden);
+        assert_eq!(Decoder(&golden).ids(), Ok(removed));
+    }
 }

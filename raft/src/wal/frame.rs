@@ -162,6 +162,31 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_of_record_has_the_bytes_it_had_in_version_2() {
+        let id = |term: u64, node_id: u64, index: u64| {
+            LogId::new(crate::types::LeaderId { term, node_id }, index)
+        };
+        let words = |words: &[u64]| -> Vec<u8> {
+            words.iter().flat_map(|word| word.to_le_bytes()).collect()
+        };
+        let entry = LogEntry { log_id: id(1, 2, 3), payload: crate::types::Payload::Blank };
+        let cases = [
+            (Record::Entry(entry), [&[2, 25, 0, 0, 0][..], &words(&[1, 2, 3]), &[0]].concat()),
+            (Record::Committed(id(1, 2, 3)), [&[3, 24, 0, 0, 0][..], &words(&[1, 2, 3])].concat()),
+            (Record::Truncate(None), vec![4, 1, 0, 0, 0, 0]),
+            (
+                Record::Truncate(Some(id(1, 2, 3))),
+                [&[4, 25, 0, 0, 0, 1][..], &words(&[1, 2, 3])].concat(),
+            ),
+            (Record::Purge(id(1, 2, 3)), [&[5, 24, 0, 0, 0][..], &words(&[1, 2, 3])].concat()),
+        ];
+        for (record, golden) in cases {
+            assert_eq!(record.encode(), golden, "{record:?}");
+            assert_eq!(decode_records(&golden), Ok(vec![record]));
+        }
+    }
+
+    #[test]
     fn no_flipped_bit_of_a_frame_goes_unseen() {
         let frame = encode_frame(3, &Record::Vote(Vote::new(1, 2)).encode());
         for bit in 0..frame.len() * 8 {

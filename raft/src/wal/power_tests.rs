@@ -113,10 +113,7 @@ struct Life {
 
 /// Opens, does the rest of the script, and stops where the disk does.
 fn live(disk: &SimDisk, steps: &[Step], mut state: Expected) -> Result<Life, WalError> {
-    let (wal, mut writer, files) = match open(disk) {
-        Ok(opened) => opened,
-        Err(error) => return Err(error),
-    };
+    let (wal, mut writer, files) = open(disk)?;
     let mut life = Life { acknowledged: state.clone(), possible: vec![state.clone()] };
     for step in steps {
         life.possible = vec![state.clone()];
