@@ -4,9 +4,14 @@ mod memory;
 
 use axum::body::Body;
 use controller::api::{Rule, SubState, route_table};
+use controller::ids::{HostId, ServerId};
+use controller::state::Command;
+use controller::state::compute::Desired;
+use controller::state::image::ImageCommand;
 use http::Method;
 use memory::{Client, Memory, PASSWORD, credentials, in_project, tenant};
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 const TOKENS: &str = "/identity/v3/auth/tokens";
 
@@ -540,4 +545,124 @@ async fn a_volume_in_use_is_not_attached_twice() {
     assert_eq!(listed.text("/volumeAttachments/0/volumeId"), volume);
     admin.delete(&format!("{path}/{volume}")).await.expect(202);
     admin.delete(&format!("{path}/none")).await.expect(404);
+}
+
+/// A running server on a host that is then silent, and another host that holds its image.
+async fn on_a_failed_host(memory: &Arc<Memory>, admin: &Client) -> (String, String) {
+    let (image, flavor, network) = furnish(admin).await;
+    let held = ImageCommand::HeldBy { id: image.as_str().into(), host: HostId(2) };
+    memory.must(Command::Image(held));
+    let body = server(&image, &flavor, &network);
+    let created = admin.post("/compute/v2.1/servers", body).await.expect(202);
+    let id = created.text("/server/id");
+    memory.start(&id);
+    let shown = admin.get(&format!("/compute/v2.1/servers/{id}")).await.expect(200);
+    let host = shown.text("/server/OS-EXT-SRV-ATTR:host");
+    memory.silence(host.trim_start_matches("node").parse().unwrap());
+    (id, host)
+}
+
+#[tokio::test]
+async fn a_server_is_evacuated_once_its_host_is_declared_dead() {
+    let memory = Memory::new();
+    let admin = Client::admin(&memory).await.at("compute 2.90");
+    let (id, host) = on_a_failed_host(&memory, &admin).await;
+    let action = format!("/compute/v2.1/servers/{id}/action");
+    let evacuate = json!({"evacuate": {}});
+    let answer = admin.post(&action, evacuate.clone()).await.expect(400);
+    assert_eq!(
+        answer.text("/badRequest/message"),
+        format!("Compute service of {host} is still in use.")
+    );
+    let service = admin.get(&format!("/compute/v2.1/os-services?host={host}")).await.expect(200);
+    let service = service.text("/services/0/id");
+    let down = json!({"forced_down": true});
+    let path = format!("/compute/v2.1/os-services/{service}");
+    let answer = admin.put(&path, down).await.expect(200);
+    assert_eq!(answer.body["service"]["forced_down"], true);
+    for (wrong, status) in [
+        (json!({"evacuate": {"host": host}}), 400),
+        (json!({"evacuate": {"host": "nowhere"}}), 404),
+        (json!({"evacuate": {"onSharedStorage": false}}), 400),
+        (json!({"evacuate": {"force": true}}), 400),
+        (json!({"evacuate": {"speed": "high"}}), 400),
+    ] {
+        let answer = admin.post(&action, wrong.clone()).await;
+        assert_eq!(answer.status, status, "{wrong}: {}", answer.body);
+    }
+    let answer = admin.post(&action, evacuate.clone()).await.expect(200);
+    assert!(answer.bytes.is_empty());
+    let shown = admin.get(&format!("/compute/v2.1/servers/{id}")).await.expect(200);
+    assert_eq!(shown.text("/server/status"), "REBUILD");
+    assert_eq!(shown.text("/server/OS-EXT-STS:task_state"), "rebuilding");
+    assert_ne!(shown.text("/server/OS-EXT-SRV-ATTR:host"), host);
+    memory.start(&id);
+    let shown = admin.get(&format!("/compute/v2.1/servers/{id}")).await.expect(200);
+    assert_eq!(shown.text("/server/status"), "ACTIVE");
+    let member = tenant(&memory, "alpha", "member").await.at("compute 2.90");
+    member.post(&action, evacuate).await.expect(404);
+}
+
+#[tokio::test]
+async fn an_old_evacuation_answers_a_password_and_a_new_one_leaves_the_server_stopped() {
+    for version in ["compute 2.1", "compute 2.95"] {
+        let memory = Memory::new();
+        let admin = Client::admin(&memory).await.at(version);
+        let (id, host) = on_a_failed_host(&memory, &admin).await;
+        let down = json!({"host": host, "binary": "nova-compute", "forced_down": true});
+        let old = admin.at("compute 2.11");
+        old.put("/compute/v2.1/os-services/force-down", down).await.expect(200);
+        let old = version == "compute 2.1";
+        let asked = if old { json!({"onSharedStorage": "False"}) } else { json!({}) };
+        let action = format!("/compute/v2.1/servers/{id}/action");
+        let answer = admin.post(&action, json!({"evacuate": asked})).await.expect(200);
+        assert_eq!(answer.body["adminPass"].is_string(), old, "{version}");
+        let state = memory.state();
+        let server = &state.compute.servers[&ServerId::from(id.as_str())];
+        assert_eq!(server.desired == Desired::Stopped, !old, "{version}");
+    }
+}
+
+#[tokio::test]
+async fn a_compute_service_is_disabled_with_a_reason_and_enabled_again() {
+    let memory = Memory::new();
+    let admin = Client::admin(&memory).await.at("compute 2.53");
+    let services = admin.get("/compute/v2.1/os-services").await.expect(200);
+    let path = format!("/compute/v2.1/os-services/{}", services.text("/services/1/id"));
+    let body = json!({"status": "disabled", "disabled_reason": "repair"});
+    let answer = admin.put(&path, body).await.expect(200);
+    assert_eq!(answer.text("/service/disabled_reason"), "repair");
+    assert_eq!(answer.text("/service/host"), "node2");
+    let answer = admin.put(&path, json!({"status": "enabled"})).await.expect(200);
+    assert_eq!(answer.body["service"]["disabled_reason"], Value::Null);
+    for wrong in [
+        json!({}),
+        json!({"status": "gone"}),
+        json!({"status": "enabled", "disabled_reason": "x"}),
+        json!({"status": "enabled", "host": "node2"}),
+    ] {
+        admin.put(&path, wrong).await.expect(400);
+    }
+    admin.put("/compute/v2.1/os-services/x", json!({"status": "enabled"})).await.expect(404);
+    let old = admin.at("compute 2.1");
+    let named = json!({"host": "node2", "binary": "nova-compute", "disabled_reason": "old"});
+    let answer = old.put("/compute/v2.1/os-services/disable-log-reason", named).await.expect(200);
+    assert_eq!(answer.text("/service/status"), "disabled");
+    let named = json!({"host": "node9", "binary": "nova-compute"});
+    old.put("/compute/v2.1/os-services/enable", named).await.expect(404);
+}
+
+#[tokio::test]
+async fn an_administrator_marks_hosts_for_evacuation() {
+    let memory = Memory::new();
+    let admin = Client::admin(&memory).await;
+    let path = "/compute/v2.1/os-trine-hosts/node2";
+    let shown = admin.get(path).await.expect(200);
+    assert_eq!(shown.body["host"]["evacuate_on_failure"], false);
+    let mark = json!({"host": {"evacuate_on_failure": true}});
+    let answer = admin.put(path, mark.clone()).await.expect(200);
+    assert_eq!(answer.body["host"]["evacuate_on_failure"], true);
+    let listed = admin.get("/compute/v2.1/os-trine-hosts").await.expect(200);
+    assert_eq!(listed.body["hosts"][1]["evacuate_on_failure"], true);
+    admin.put("/compute/v2.1/os-trine-hosts/9", mark).await.expect(404);
 }

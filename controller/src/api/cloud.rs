@@ -137,6 +137,9 @@ pub trait Cloud: Send + Sync + 'static {
     /// How far the making of a server has come.
     async fn volatile(&self, server: &ServerId) -> Option<SubState>;
 
+    /// The host of this node.
+    fn host(&self) -> HostId;
+
     /// Which hosts are up.
     fn liveness(&self) -> Liveness;
 

@@ -125,6 +125,9 @@ actions! {
     HYPERVISOR_LIST = "os_compute_api:os-hypervisors:list", AdminReader;
     HYPERVISOR_GET = "os_compute_api:os-hypervisors:show", AdminReader;
     COMPUTE_SERVICE_LIST = "os_compute_api:os-services:list", AdminReader;
+    COMPUTE_SERVICE_UPDATE = "os_compute_api:os-services:update", Admin;
+    TRINE_HOST_LIST = "trine:hosts:list", AdminReader;
+    TRINE_HOST_UPDATE = "trine:hosts:update", Admin;
     ZONE_LIST = "os_compute_api:os-availability-zone:list", Authenticated;
     ZONE_DETAIL = "os_compute_api:os-availability-zone:detail", AdminReader;
     QUOTA_GET = "os_compute_api:os-quota-sets:show", Reader;
@@ -195,4 +198,7 @@ pub(crate) mod server_action {
     /// Stop, start, reboot.
     pub(crate) const POWER: &Action =
         &Action { name: "os_compute_api:servers:start", rule: Rule::Member };
+    /// Making a server anew on another host.
+    pub(crate) const EVACUATE: &Action =
+        &Action { name: "os_compute_api:os-evacuate", rule: Rule::Admin };
 }

@@ -6,15 +6,19 @@ pub mod protocol;
 pub mod steps;
 pub mod view;
 
+mod keys;
 mod level;
 mod prepare;
 mod schedule;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 
 pub use host_view::host_view;
-pub use level::feature_level_to_raise;
+pub use keys::{keys_to_forget, reseal, token_keys};
+pub use level::raise_feature_level;
 pub use prepare::prepare;
 pub use schedule::{IN_FLIGHT_MAX, InFlight, Liveness, schedule};
 pub use steps::{Step, plan};
+pub use upkeep::{UPKEEP_COMMANDS_MAX, UPLOAD_MS_MAX, interrupted_uploads, upkeep};
 pub use view::HostView;

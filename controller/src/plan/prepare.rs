@@ -18,7 +18,9 @@ pub fn prepare(
             in_flight.settle(state);
             place_server(state, liveness, in_flight, new);
         }
-        Command::Compute(ComputeCommand::EvacuateServer { id, requested_host, placement }) => {
+        Command::Compute(ComputeCommand::EvacuateServer {
+            id, requested_host, placement, ..
+        }) => {
             in_flight.settle(state);
             let wanted = requested_host.as_deref();
             *placement = place_again(state, liveness, in_flight, id, wanted);

@@ -9,7 +9,7 @@ use super::image::{ImageCommand, ImageStatus};
 use super::volume::{AttachmentState, VolumeCommand, VolumeStatus};
 use super::{Command, FEATURE_LEVEL, Outcome, RejectionKind, State};
 use crate::ids::{HostId, ImageId, PortId};
-use crate::plan::feature_level_to_raise;
+use crate::plan::raise_feature_level;
 
 fn fence(id: u64, epoch: u64) -> Command {
     Command::Cluster(ClusterCommand::FenceHost { id: HostId(id), epoch })
@@ -21,7 +21,12 @@ fn returned(id: u64, epoch: u64) -> Command {
 
 fn evacuate(id: &str) -> Command {
     let id = id.into();
-    Command::Compute(ComputeCommand::EvacuateServer { id, requested_host: None, placement: None })
+    Command::Compute(ComputeCommand::EvacuateServer {
+        id,
+        requested_host: None,
+        stop: false,
+        placement: None,
+    })
 }
 
 fn service(id: u64, forced_down: Option<bool>) -> Command {
@@ -370,19 +375,37 @@ fn later_commands_are_refused_until_every_host_supports_them() {
     let why = sample.refused(fence(2, 1));
     assert_eq!(why.kind, RejectionKind::InvalidState);
     assert!(why.message.starts_with("This needs feature level 2 and the cluster is at 1"), "{why}");
-    let raise = || Command::Cluster(ClusterCommand::RaiseFeatureLevel { level: 2 });
     for host in [1, 2] {
         sample.must(update(host, FEATURE_LEVEL));
-        assert_eq!(feature_level_to_raise(&sample.state), None);
+        assert_eq!(raise_feature_level(&sample.state), None);
     }
-    let why = sample.refused(raise());
-    assert!(why.message.contains("host node3 supports 1"), "{why}");
     sample.must(update(3, FEATURE_LEVEL));
-    assert_eq!(feature_level_to_raise(&sample.state), Some(2));
-    sample.must(raise());
-    assert_eq!(feature_level_to_raise(&sample.state), None);
-    assert_eq!(sample.must(raise()), Outcome::Ignored);
+    let raise = raise_feature_level(&sample.state).expect("every host supports it");
+    // A replica that ran an older program has dropped what the hosts said; afterwards it knows.
+    sample.state.cluster.hosts.get_mut(&HostId(2)).expect("it is there").feature_level = 1;
+    sample.must(raise.clone());
+    assert!(sample.state.cluster.hosts.values().all(|host| host.feature_level == 2));
+    assert_eq!(raise_feature_level(&sample.state), None);
+    assert_eq!(sample.must(raise), Outcome::Ignored);
     sample.must(fence(2, 1));
+}
+
+#[test]
+fn the_level_does_not_rise_over_a_host_that_joined_meanwhile() {
+    let mut sample = of_level_1();
+    (1..=3).for_each(|host| drop(sample.must(update(host, FEATURE_LEVEL))));
+    let raise = raise_feature_level(&sample.state).expect("every host supports it");
+    sample.must(Command::Cluster(ClusterCommand::IssueJoinToken {
+        hash: "new".into(),
+        expires_ms: u64::MAX,
+        replaces: None,
+    }));
+    let mut host = new_host(4);
+    host.feature_level = 1;
+    let host = Box::new(host);
+    sample.must(Command::Cluster(ClusterCommand::RegisterHost { token_hash: "new".into(), host }));
+    sample.refused_as(raise, RejectionKind::InvalidState);
+    assert_eq!(raise_feature_level(&sample.state), None);
 }
 
 #[test]
@@ -445,6 +468,7 @@ fn a_placement_of_an_evacuation_that_is_full_is_stale() {
     let full = Command::Compute(ComputeCommand::EvacuateServer {
         id: "m".into(),
         requested_host: None,
+        stop: false,
         placement: Some(Placement::Host(HostId(2))),
     });
     let why = sample.apply_as_is(&full).expect_err("the host is full");
@@ -452,6 +476,7 @@ fn a_placement_of_an_evacuation_that_is_full_is_stale() {
     let back = Command::Compute(ComputeCommand::EvacuateServer {
         id: "m".into(),
         requested_host: None,
+        stop: false,
         placement: Some(Placement::Host(HostId(1))),
     });
     let why = sample.apply_as_is(&back).expect_err("the host is fenced");

@@ -214,6 +214,7 @@ impl Sample {
             id: "image".into(),
             content: content(),
             host: HostId(1),
+            upload: None,
         }));
         sample.must(Command::Network(NetworkCommand::CreateNetwork(Box::new(new_network("net")))));
         let subnet = new_subnet("subnet", "net", "10.0.0.0/29");

@@ -5,7 +5,6 @@ use imbl::{OrdMap, OrdSet};
 
 use super::compute::Placed;
 use super::network::AddressOwner;
-use super::outcome::OUTCOMES_MAX;
 use super::volume::{AttachmentState, Homed, VolumeStatus};
 use super::{QuotaResource, State};
 use crate::ids::{HostId, ProjectId};
@@ -21,8 +20,8 @@ impl State {
         self.check_ports()?;
         self.check_addresses()?;
         self.check_usage()?;
-        if self.outcomes.len() > OUTCOMES_MAX {
-            return Err(format!("{} outcomes are kept", self.outcomes.len()));
+        if let Some(over) = self.sizes().into_iter().find(|size| size.len > size.max) {
+            return Err(format!("there are {} {}, over {}", over.len, over.name, over.max));
         }
         self.check_hosts()?;
         let beyond = |id: &HostId| id.0 >= self.cluster.next_host_id;

@@ -12,6 +12,7 @@
 use super::Command;
 use super::cluster::{Cluster, ClusterCommand};
 use super::compute::ComputeCommand;
+use super::image::ImageCommand;
 use super::outcome::Rejection;
 
 /// The greatest level that this program supports; a new cluster starts with it.
@@ -24,11 +25,19 @@ impl Command {
             Self::Cluster(
                 ClusterCommand::FenceHost { .. }
                 | ClusterCommand::HostReturned { .. }
-                | ClusterCommand::RemoveHost { .. },
+                | ClusterCommand::RemoveHost { .. }
+                | ClusterCommand::SetHostService { evacuate: Some(_), .. }
+                | ClusterCommand::RotateKey { .. }
+                | ClusterCommand::RetireKey { .. }
+                | ClusterCommand::RotateTokenKeys { .. }
+                | ClusterCommand::ResealTokenKeys { .. },
             )
             | Self::Compute(
-                ComputeCommand::EvacuateServer { .. } | ComputeCommand::ServerWaits { .. },
-            ) => 2,
+                ComputeCommand::EvacuateServer { .. }
+                | ComputeCommand::ServerWaits { .. }
+                | ComputeCommand::ResealServer { .. },
+            )
+            | Self::Image(ImageCommand::UploadBegun { .. } | ImageCommand::UploadEnded { .. }) => 2,
             _ => 1,
         }
     }

@@ -1,11 +1,18 @@
 //! The largest number of everything that is kept.
 
+use super::State;
 use super::outcome::{Rejection, RejectionKind};
 
 /// Hosts of a cluster.
 pub const HOSTS_MAX: usize = 1_000;
 /// Join tokens that are kept, used ones included.
 pub const JOIN_TOKENS_MAX: usize = 1_000;
+/// Cluster keys that are being retired at a time.
+pub const KEYS_RETIRING_MAX: usize = 4;
+/// Ids of retired cluster keys that are kept.
+pub const KEYS_RETIRED_MAX: usize = 64;
+/// Secondary keys of tokens.
+pub const TOKEN_KEYS_SECONDARY_MAX: usize = 4;
 /// Domains.
 pub const DOMAINS_MAX: usize = 10_000;
 /// Projects.
@@ -16,6 +23,8 @@ pub const USERS_MAX: usize = 100_000;
 pub const ROLES_MAX: usize = 1_000;
 /// Assignments of roles.
 pub const ASSIGNMENTS_MAX: usize = 500_000;
+/// Limits of projects that differ from the default.
+pub const QUOTA_LIMITS_MAX: usize = 1_500_000;
 /// Images.
 pub const IMAGES_MAX: usize = 100_000;
 /// Flavors.
@@ -51,6 +60,19 @@ pub const PORT_FORWARDINGS_MAX: usize = 1_000;
 /// Allocation pools, name servers or routes of one subnet.
 pub const SUBNET_LISTS_MAX: usize = 20;
 
+/// Projects that a private flavor is given to.
+pub const FLAVOR_PROJECTS_MAX: usize = 10_000;
+/// Extra specifications of one flavor.
+pub const FLAVOR_SPECS_MAX: usize = 256;
+/// Servers of one group, whatever its quota says.
+pub const SERVER_GROUP_MEMBERS_MAX: usize = 10_000;
+/// Rules of one security group, whatever its quota says.
+pub const SECURITY_GROUP_RULES_MAX: usize = 10_000;
+/// Tags of one thing.
+pub const TAGS_MAX: usize = 256;
+/// Metadata items or properties of one thing.
+pub const METADATA_MAX: usize = 1_024;
+
 /// Refuses one more when there are `max` already.
 pub(crate) fn room(present: usize, max: usize, resource: &str) -> Result<(), Rejection> {
     if present < max {
@@ -58,4 +80,19 @@ pub(crate) fn room(present: usize, max: usize, resource: &str) -> Result<(), Rej
     }
     let message = format!("No more than {max} of this kind ({resource}) can be kept.");
     Err(Rejection::new(RejectionKind::TooMany, resource, "", message))
+}
+
+impl State {
+    /// Refuses more than `max` of something that belongs to one object; since feature level 2.
+    pub(in crate::state) fn room_within(
+        &self,
+        wanted: usize,
+        max: usize,
+        resource: &str,
+    ) -> Result<(), Rejection> {
+        if wanted <= max || !self.cluster.has(2) {
+            return Ok(());
+        }
+        room(max, max, resource)
+    }
 }

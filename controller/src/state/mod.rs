@@ -17,6 +17,7 @@ mod level;
 pub mod limits;
 mod outcome;
 mod quota;
+mod sizes;
 
 #[cfg(test)]
 mod fencing_tests;
@@ -33,6 +34,7 @@ pub use command::{Command, DecodeError, ENCODING_VERSION, decode_result, encode_
 pub use level::FEATURE_LEVEL;
 pub use outcome::{OUTCOMES_MAX, Outcome, Outcomes, Rejection, RejectionKind};
 pub use quota::{QuotaCommand, QuotaResource, Quotas, UNLIMITED};
+pub use sizes::Size;
 
 /// Everything the cloud agrees on. Cloning is cheap: the collections are shared.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -102,6 +104,12 @@ impl State {
             Command::Volume(command) => self.apply_volume(command),
             Command::Network(command) => self.apply_network(command),
             Command::Quota(command) => {
+                let more = match command {
+                    QuotaCommand::Set { limits, .. } => limits.len(),
+                    QuotaCommand::Reset(_) => 0,
+                };
+                let wanted = self.quota.limits.len() + more;
+                self.room_within(wanted, limits::QUOTA_LIMITS_MAX, "quota limit")?;
                 self.quota.apply(command);
                 Ok(Outcome::Done)
             }

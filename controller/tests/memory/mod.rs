@@ -1,7 +1,7 @@
 //! The real state machine and planner behind the real router, without Raft and hosts:
 //! commands are applied in memory, images are kept in memory, consoles are given.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
@@ -38,6 +38,7 @@ struct Inner {
     consoles: BTreeMap<ServerId, String>,
     sub_states: BTreeMap<ServerId, SubState>,
     down: bool,
+    silent: BTreeSet<HostId>,
 }
 
 /// The cloud.
@@ -94,9 +95,15 @@ impl Memory {
         Arc::new(memory)
     }
 
+    /// The host is no longer heard.
+    pub(crate) fn silence(&self, host: u64) {
+        self.inner.lock().unwrap().silent.insert(HostId(host));
+    }
+
     fn apply(&self, id: [u8; 16], command: Command) -> Result<Outcome, ProposeError> {
+        let liveness = self.liveness();
         let inner = &mut *self.inner.lock().unwrap();
-        let command = prepare(&inner.state, &self.liveness, &mut inner.in_flight, command);
+        let command = prepare(&inner.state, &liveness, &mut inner.in_flight, command);
         // Through bytes, as in the log.
         let command = Command::decode(&command.encode()).unwrap();
         inner.index += 1;
@@ -206,8 +213,14 @@ impl Cloud for Memory {
         self.inner.lock().unwrap().sub_states.get(server).copied()
     }
 
+    fn host(&self) -> HostId {
+        HostId(1)
+    }
+
     fn liveness(&self) -> Liveness {
-        self.liveness.clone()
+        let mut liveness = self.liveness.clone();
+        liveness.up.retain(|host| !self.inner.lock().unwrap().silent.contains(host));
+        liveness
     }
 
     fn now_ms(&self) -> u64 {

@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use controller::api::{
     BodyStream, Cloud, CloudError, ProposeError, SubState, TokenKeys, Unavailable, UploadedImage,
 };
-use controller::ids::ServerId;
-use controller::plan::Liveness;
+use controller::ids::{HostId, ServerId};
+use controller::plan::{Liveness, token_keys};
 use controller::seal::Sealer;
 use controller::state::compute::Server;
 use controller::state::image::Image;
@@ -127,6 +127,10 @@ impl Cloud for NodeCloud {
         self.node.liveness().unwrap_or_default()
     }
 
+    fn host(&self) -> HostId {
+        self.node.host()
+    }
+
     fn now_ms(&self) -> u64 {
         now_ms()
     }
@@ -136,7 +140,14 @@ impl Cloud for NodeCloud {
     }
 
     fn token_keys(&self) -> TokenKeys {
-        TokenKeys { keys: vec![self.node.derived_key("tokens")] }
+        let first = self.node.derived_key("tokens");
+        match self.node.raft() {
+            Ok(raft) => {
+                let keys = token_keys(&raft.view().cluster.token_keys, &self.node.sealer, first);
+                TokenKeys { keys }
+            }
+            Err(_) => TokenKeys { keys: vec![first] },
+        }
     }
 }
 

@@ -25,7 +25,20 @@ pub(super) async fn take_part(node: &Node) -> Result<()> {
         Some(command) => make_cluster(node, command).await?,
         None => become_voter(node).await,
     }
-    update_host(node).await
+    update_host(node).await?;
+    end_uploads(node).await
+}
+
+/// Uploads that this node had begun when it last ended are over.
+async fn end_uploads(node: &Node) -> Result<()> {
+    let state = node.raft()?.read().await?;
+    for command in controller::plan::interrupted_uploads(&state, node.host()) {
+        let id = *uuid::Uuid::new_v4().as_bytes();
+        if let Err(rejection) = propose_until_taken(node, id, &command).await? {
+            tracing::warn!(%rejection, "an upload can't be ended");
+        }
+    }
+    Ok(())
 }
 
 async fn make_cluster(node: &Node, command: Command) -> Result<()> {

@@ -11,7 +11,7 @@ use super::super::context::Context;
 use super::super::error::{ApiError, ErrorKind};
 use super::super::policy::{self, server_action};
 use super::super::routes::Routes;
-use super::find_server;
+use super::{evacuate, find_server};
 use crate::state::Command;
 use crate::state::compute::{ComputeCommand, Server};
 
@@ -34,6 +34,10 @@ async fn act(
         "os-getConsoleOutput" => {
             ctx.caller.check(server_action::CONSOLE_OUTPUT)?;
             console_output(&ctx, &server, &argument).await
+        }
+        "evacuate" => {
+            ctx.caller.check(server_action::EVACUATE)?;
+            evacuate::evacuate(&ctx, &server, argument).await
         }
         "os-start" => power(&ctx, ComputeCommand::StartServer(id)).await,
         "os-stop" => power(&ctx, ComputeCommand::StopServer(id)).await,

@@ -19,13 +19,12 @@ pub(super) fn routes() -> Routes {
         .get("/v2.1/os-hypervisors", policy::HYPERVISOR_LIST, hypervisors)
         .get("/v2.1/os-hypervisors/detail", policy::HYPERVISOR_LIST, hypervisor_details)
         .get("/v2.1/os-hypervisors/{id}", policy::HYPERVISOR_GET, hypervisor)
-        .get("/v2.1/os-services", policy::COMPUTE_SERVICE_LIST, services)
         .get("/v2.1/os-availability-zone", policy::ZONE_LIST, zones)
         .get("/v2.1/os-availability-zone/detail", policy::ZONE_DETAIL, zone_details)
         .get("/v2.1/extensions", policy::EXTENSION_LIST, extensions)
 }
 
-fn is_up(ctx: &Context, host: &Host) -> bool {
+pub(super) fn is_up(ctx: &Context, host: &Host) -> bool {
     !host.is_out() && ctx.cloud().liveness().up.contains(&host.id)
 }
 
@@ -116,38 +115,6 @@ async fn hypervisor(ctx: Context, Path(id): Path<String>) -> Result<Json, ApiErr
         ApiError::new(ErrorKind::NotFound, format!("Hypervisor with ID '{id}' could not be found."))
     })?;
     Ok(Json::ok(json!({"hypervisor": full_view(&ctx, host)})))
-}
-
-async fn services(ctx: Context) -> Json {
-    let now = time::micros_naive(ctx.now_ms());
-    let views: Vec<Value> = ctx
-        .state
-        .cluster
-        .hosts
-        .values()
-        .filter(|host| ctx.query.admits("host", &host.name))
-        .filter(|_| ctx.query.admits("binary", "nova-compute"))
-        .map(|host| {
-            let id = match ctx.at_least(2, 53) {
-                true => json!(host_uuid(&ctx, "compute service", host.id)),
-                false => json!(host.id),
-            };
-            let up = is_up(&ctx, host);
-            let mut view = json!({
-                "id": id, "binary": "nova-compute", "host": host.name,
-                "zone": host.availability_zone,
-                "status": if host.disabled { "disabled" } else { "enabled" },
-                "state": if up { "up" } else { "down" },
-                "updated_at": if up { json!(now) } else { Value::Null },
-                "disabled_reason": host.disabled_reason,
-            });
-            if ctx.at_least(2, 11) {
-                view["forced_down"] = json!(host.forced_down);
-            }
-            view
-        })
-        .collect();
-    Json::ok(json!({"services": views}))
 }
 
 fn zone_views(ctx: &Context, with_hosts: bool) -> Json {

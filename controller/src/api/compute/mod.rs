@@ -2,6 +2,7 @@
 
 mod actions;
 mod attachments;
+mod evacuate;
 mod flavors;
 mod hosts;
 mod keypairs;
@@ -11,6 +12,7 @@ mod server_groups;
 mod server_parts;
 mod server_view;
 mod servers;
+mod services;
 
 use std::sync::Arc;
 
@@ -32,6 +34,7 @@ pub(super) fn routes() -> Routes {
         .and(keypairs::routes())
         .and(server_groups::routes())
         .and(hosts::routes())
+        .and(services::routes())
         .and(quotas::routes())
 }
 

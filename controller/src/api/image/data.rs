@@ -14,8 +14,8 @@ use super::super::policy;
 use super::super::routes::Routes;
 use super::{find, find_own};
 use crate::ids::ImageId;
-use crate::state::Command;
 use crate::state::image::{Image, ImageCommand, ImageStatus};
+use crate::state::{Command, Outcome};
 
 const OCTETS: &str = "application/octet-stream";
 
@@ -40,37 +40,58 @@ async fn upload(
             format!("An image's content is sent as {OCTETS}."),
         ));
     }
-    ctx.propose(Command::Image(ImageCommand::UploadStarted(image.id.clone()))).await?;
+    let upload = begin(&ctx, &image.id).await?;
     let body = request.into_body().into_data_stream();
     let body: BodyStream = Box::pin(body.map(|piece| piece.map_err(std::io::Error::other)));
     // A task of its own: when the client goes away this handler is dropped, but the image
     // must still return from `saving`.
-    let finished = tokio::spawn(async move { store(&ctx, &image, body).await }).await;
+    let finished = tokio::spawn(async move { store(&ctx, &image, upload, body).await }).await;
     finished
         .unwrap_or_else(|_| Err(ApiError::new(ErrorKind::Internal, "The upload was ended.")))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn store(ctx: &Context, image: &Image, body: BodyStream) -> Result<(), ApiError> {
+/// Starts an upload; its number where the cluster counts them.
+async fn begin(ctx: &Context, id: &ImageId) -> Result<Option<u64>, ApiError> {
+    let begun = ImageCommand::UploadBegun { id: id.clone(), host: ctx.cloud().host() };
+    if ctx.state.cluster.admits(&Command::Image(begun.clone())).is_err() {
+        ctx.propose(Command::Image(ImageCommand::UploadStarted(id.clone()))).await?;
+        return Ok(None);
+    }
+    match ctx.propose(Command::Image(begun)).await? {
+        Outcome::Image(image) => Ok(Some(image.upload)),
+        _ => Ok(None),
+    }
+}
+
+async fn store(
+    ctx: &Context,
+    image: &Image,
+    upload: Option<u64>,
+    body: BodyStream,
+) -> Result<(), ApiError> {
     match ctx.cloud().upload_image(image, body).await {
         Ok(UploadedImage { content, host }) => {
-            let command = ImageCommand::Uploaded { id: image.id.clone(), content, host };
+            let command = ImageCommand::Uploaded { id: image.id.clone(), content, host, upload };
             ctx.propose(Command::Image(command)).await?;
             Ok(())
         }
         Err(error) => {
-            give_up(ctx, &image.id).await;
+            give_up(ctx, &image.id, upload).await;
             Err(error.into())
         }
     }
 }
 
-async fn give_up(ctx: &Context, id: &ImageId) {
-    let command = Command::Image(ImageCommand::UploadFailed(id.clone()));
-    if let Err(error) = ctx.propose(command).await {
+async fn give_up(ctx: &Context, id: &ImageId, upload: Option<u64>) {
+    let command = match upload {
+        Some(upload) => ImageCommand::UploadEnded { id: id.clone(), upload },
+        None => ImageCommand::UploadFailed(id.clone()),
+    };
+    if let Err(error) = ctx.propose(Command::Image(command)).await {
         tracing::warn!(
             request_id = %ctx.edge.request_id, image_id = %id, error = error.message,
-            "the image stays in saving"
+            "the image stays in saving until the leader gives the upload up"
         );
     }
 }

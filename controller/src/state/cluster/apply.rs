@@ -57,7 +57,17 @@ impl State {
             ClusterCommand::FenceHost { id, epoch } => self.fence_host(*id, *epoch),
             ClusterCommand::HostReturned { id, epoch } => self.host_returned(*id, *epoch),
             ClusterCommand::RemoveHost { id, force } => self.remove_host(*id, *force),
-            ClusterCommand::RaiseFeatureLevel { level } => self.raise_feature_level(*level),
+            ClusterCommand::RaiseFeatureLevel { level, next_host_id } => {
+                self.raise_feature_level(*level, *next_host_id)
+            }
+            ClusterCommand::RotateKey { from, to } => self.rotate_key(from, to),
+            ClusterCommand::RetireKey { id } => self.retire_key(id),
+            ClusterCommand::RotateTokenKeys { rotations, staged } => {
+                self.rotate_token_keys(*rotations, staged)
+            }
+            ClusterCommand::ResealTokenKeys { rotations, keys } => {
+                self.reseal_token_keys(*rotations, keys)
+            }
             ClusterCommand::Adopt { cluster_id, survivor, host } => {
                 self.adopt(cluster_id, *survivor, host.as_deref())
             }

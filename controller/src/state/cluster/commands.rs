@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Capacity, HostAddresses};
 use crate::ids::HostId;
+use crate::seal::Sealed;
 
 /// A command on the cluster.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -78,10 +79,38 @@ pub enum ClusterCommand {
         /// volumes in error, and such images wait for their content again.
         force: bool,
     },
-    /// Raises the feature level, once the program of every host supports it.
+    /// Raises the feature level, once the program of every host supports it: the leader's finding.
     RaiseFeatureLevel {
         /// The new level.
         level: u32,
+        /// The id that the next host gets, as the leader saw it: refused when one joined since.
+        next_host_id: u64,
+    },
+    /// Seals with another key from now on. Every node has it in its key file by then.
+    RotateKey {
+        /// The id of the key that sealed so far.
+        from: String,
+        /// The id of the new one.
+        to: String,
+    },
+    /// A key that seals nothing any more is of no use from now on.
+    RetireKey {
+        /// Its id.
+        id: String,
+    },
+    /// Rotates the keys of tokens.
+    RotateTokenKeys {
+        /// How often they were rotated before.
+        rotations: u64,
+        /// The new staged key.
+        staged: Sealed,
+    },
+    /// The keys of tokens, sealed with the current key: the same keys in the same places.
+    ResealTokenKeys {
+        /// How often they were rotated.
+        rotations: u64,
+        /// The staged, the primary and the secondary keys.
+        keys: Vec<Sealed>,
     },
     /// The state goes on under another cluster id: restored from a backup on a new host, or with
     /// the one host that survived. All other hosts are dead to it.

@@ -66,20 +66,26 @@ impl State {
         }
     }
 
-    pub(super) fn raise_feature_level(&mut self, level: u32) -> Result<Outcome, Rejection> {
-        let now = self.cluster.feature_level;
-        if level <= now {
+    /// Trusts the leader's finding: what a host reports of its level is dropped by programs
+    /// before level 2, so replicas that ran one may know less of it than others.
+    pub(super) fn raise_feature_level(
+        &mut self,
+        level: u32,
+        next_host_id: u64,
+    ) -> Result<Outcome, Rejection> {
+        if level <= self.cluster.feature_level {
             return Ok(Outcome::Ignored);
         }
-        let behind = self.cluster.hosts.values().find(|host| host.feature_level < level);
-        if let Some(host) = behind {
-            let message = format!(
-                "The feature level can't rise from {now} to {level}: host {} supports {}. Upgrade or remove it first.",
-                host.name, host.feature_level
-            );
+        if next_host_id != self.cluster.next_host_id {
+            let message = "A host joined meanwhile; whether it supports the level isn't known.";
             return Err(Rejection::state("feature level", level, message));
         }
         self.cluster.feature_level = level;
+        let ids: Vec<HostId> = self.cluster.hosts.keys().copied().collect();
+        for id in ids {
+            let host = self.host_mut(id)?;
+            host.feature_level = host.feature_level.max(level);
+        }
         Ok(Outcome::Done)
     }
 

@@ -3,6 +3,7 @@
 mod apply;
 mod commands;
 mod fencing;
+mod keys;
 mod remove;
 mod replace;
 mod state;

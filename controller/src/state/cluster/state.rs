@@ -6,6 +6,7 @@ use imbl::OrdMap;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::HostId;
+use crate::seal::Sealed;
 
 /// The cluster.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -26,6 +27,37 @@ pub struct Cluster {
     /// program of every host supports it.
     #[serde(default = "first_level")]
     pub feature_level: u32,
+    /// Which keys seal secrets.
+    #[serde(default)]
+    pub keys: KeyRing,
+    /// The keys that tokens are made with.
+    #[serde(default)]
+    pub token_keys: TokenKeyRing,
+}
+
+/// The ids of the cluster's keys; the keys themselves are in each node's key file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyRing {
+    /// The one that seals; none before the first rotation, when there is one key.
+    pub current: Option<String>,
+    /// Keys that still seal something; the oldest first.
+    pub retiring: Vec<String>,
+    /// Keys that nothing uses any more, for the nodes to forget; the oldest first.
+    pub retired: Vec<String>,
+}
+
+/// Fernet keys for tokens, as Keystone rotates them. Each rotation makes a new staged key, the
+/// staged one primary and the primary one secondary.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenKeyRing {
+    /// How often they were rotated.
+    pub rotations: u64,
+    /// Verifies already, and makes tokens after the next rotation.
+    pub staged: Option<Sealed>,
+    /// Makes tokens; before the second rotation a key derived from the cluster's key does.
+    pub primary: Option<Sealed>,
+    /// Verify still; the newest first.
+    pub secondary: Vec<Sealed>,
 }
 
 /// What programs before feature levels support.

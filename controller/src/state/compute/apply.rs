@@ -12,7 +12,8 @@ use crate::state::cluster::Host;
 use crate::state::identity::set;
 use crate::state::image::{Image, ImageStatus};
 use crate::state::limits::{
-    FLAVORS_MAX, KEYPAIRS_MAX, SERVER_GROUPS_MAX, SERVER_PORTS_MAX, SERVERS_MAX, room,
+    FLAVOR_PROJECTS_MAX, FLAVOR_SPECS_MAX, FLAVORS_MAX, KEYPAIRS_MAX, METADATA_MAX,
+    SERVER_GROUP_MEMBERS_MAX, SERVER_GROUPS_MAX, SERVER_PORTS_MAX, SERVERS_MAX, TAGS_MAX, room,
 };
 use crate::state::network::{NewPort, PortStatus};
 use crate::state::outcome::{Outcome, Rejection, RejectionKind};
@@ -42,6 +43,8 @@ impl State {
                 Ok(Outcome::Done)
             }
             ComputeCommand::SetFlavorExtraSpecs { id, set, remove } => {
+                let known = self.flavor_mut(id.as_str())?.extra_specs.len();
+                self.room_within(known + set.len(), FLAVOR_SPECS_MAX, "extra spec")?;
                 let flavor = self.flavor_mut(id.as_str())?;
                 if let Some(missing) = remove.iter().find(|k| !flavor.extra_specs.contains_key(*k))
                 {
@@ -53,6 +56,9 @@ impl State {
                 Ok(Outcome::Flavor(Box::new(flavor.clone())))
             }
             ComputeCommand::SetFlavorAccess { id, project_id, allowed } => {
+                let known = self.flavor_mut(id.as_str())?.projects.len();
+                let wanted = known + usize::from(*allowed);
+                self.room_within(wanted, FLAVOR_PROJECTS_MAX, "flavor access")?;
                 let flavor = self.flavor_mut(id.as_str())?;
                 if *allowed {
                     if !flavor.projects.insert(project_id.clone()) {
@@ -134,8 +140,17 @@ impl State {
             ComputeCommand::ServerStopped { id, generation, power_state } => {
                 self.server_stopped(id, *generation, *power_state)
             }
-            ComputeCommand::EvacuateServer { id, requested_host: _, placement } => {
-                self.evacuate_server(id, placement.as_ref())
+            ComputeCommand::EvacuateServer { id, requested_host: _, stop, placement } => {
+                self.evacuate_server(id, *stop, placement.as_ref())
+            }
+            ComputeCommand::ResealServer { id, from, user_data } => {
+                self.check_key(Some(user_data))?;
+                let known = self.compute.servers.get(id).and_then(|s| s.user_data.as_ref());
+                if known.is_none_or(|known| known.key_id() != from) {
+                    return Ok(Outcome::Ignored);
+                }
+                self.server_mut(id)?.user_data = Some(user_data.clone());
+                Ok(Outcome::Done)
             }
             ComputeCommand::ServerWaits { id, generation, message } => {
                 self.server_waits(id, *generation, message)
@@ -251,7 +266,10 @@ impl State {
         let flavor = self.compute.flavors.get(&new.flavor_id).cloned();
         let flavor = flavor.ok_or_else(|| Rejection::not_found("flavor", &new.flavor_id))?;
         self.check_image(&new.image_id, &flavor)?;
+        self.check_key(new.user_data.as_ref())?;
         self.check_server_quota(new, &flavor)?;
+        self.room_within(new.metadata.len(), METADATA_MAX, "metadata item")?;
+        self.room_within(new.tags.len(), TAGS_MAX, "tag")?;
         let public_key = self.public_key_of(new)?;
         let (host, fault) = match &new.placement {
             Some(Placement::Host(host)) => {
@@ -379,6 +397,7 @@ impl State {
         let Some(id) = &new.group_id else { return Ok(()) };
         let group = self.compute.groups.get(id);
         let group = group.ok_or_else(|| Rejection::not_found("instance group", id))?;
+        self.room_within(group.members.len() + 1, SERVER_GROUP_MEMBERS_MAX, "group member")?;
         let (members, limit) = (group.members.len() as u64, QuotaResource::ServerGroupMembers);
         self.quota.check_count(&new.project_id, limit, members, 1)?;
         if let Some(group) = self.compute.groups.get_mut(id) {
@@ -542,6 +561,9 @@ impl State {
         let project = self.server_mut(id)?.project_id.clone();
         let items = metadata.as_ref().map_or(0, |metadata| metadata.len() as u64);
         self.quota.check_count(&project, QuotaResource::MetadataItems, 0, items)?;
+        let sized = |len: Option<usize>, max, what| self.room_within(len.unwrap_or(0), max, what);
+        sized(metadata.as_ref().map(|m| m.len()), METADATA_MAX, "metadata item")?;
+        sized(tags.as_ref().map(|t| t.len()), TAGS_MAX, "tag")?;
         let now = self.time_ms;
         let server = self.server_mut(id)?;
         set(&mut server.name, name);

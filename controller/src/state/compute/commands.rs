@@ -149,6 +149,9 @@ pub enum ComputeCommand {
         id: ServerId,
         /// The host asked for, by name.
         requested_host: Option<String>,
+        /// It is to be stopped there, whatever it was.
+        #[serde(default)]
+        stop: bool,
         /// Where it goes; filled in by the leader (`plan::prepare`).
         placement: Option<Placement>,
     },
@@ -160,6 +163,15 @@ pub enum ComputeCommand {
         generation: u64,
         /// What it waits for.
         message: String,
+    },
+    /// A server's user data, sealed with another key: the same content.
+    ResealServer {
+        /// Which.
+        id: ServerId,
+        /// The id of the key that it was sealed with.
+        from: String,
+        /// The user data, sealed.
+        user_data: Sealed,
     },
 }
 

@@ -12,6 +12,8 @@ struct Move {
     from: HostId,
     flavor: Flavor,
     group: Option<ServerGroupId>,
+    /// It is to be stopped there.
+    stop: bool,
 }
 
 impl State {
@@ -61,6 +63,7 @@ impl State {
     pub(super) fn evacuate_server(
         &mut self,
         id: &ServerId,
+        stop: bool,
         placement: Option<&Placement>,
     ) -> Result<Outcome, Rejection> {
         let server = self.compute.servers.get(id).cloned();
@@ -76,7 +79,7 @@ impl State {
             return Err(Rejection::state("instance", id, "The instance is on no host."));
         };
         let (flavor, group) = (server.flavor.clone(), server.group_id.clone());
-        let way = Move { from, flavor, group };
+        let way = Move { from, flavor, group, stop };
         match placement {
             Some(Placement::Host(to)) => self.move_server(id, &way, *to),
             Some(Placement::NoValidHost { message, details }) => {
@@ -97,6 +100,9 @@ impl State {
         server.fault = None;
         server.power_state = PowerState::NoState;
         server.updated_ms = now;
+        if way.stop && server.launched_ms.is_some() {
+            server.desired = Desired::Stopped;
+        }
         (server.vm_state, server.task_state) = match (server.vm_state, server.desired) {
             (VmState::Building, _) => (VmState::Building, Some(TaskState::Scheduling)),
             (VmState::Error, Desired::Active) if server.launched_ms.is_none() => {

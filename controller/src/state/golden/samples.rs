@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::HostId;
+use crate::seal::Sealed;
 use crate::state::cluster::{Capacity, ClusterCommand};
 use crate::state::compute::{ComputeCommand, GroupPolicy, Placement, PowerState};
 use crate::state::fixture::{
@@ -54,6 +55,10 @@ pub(super) fn commands() -> Vec<Command> {
         .collect()
 }
 
+fn sealed() -> Sealed {
+    Sealed::from_stored("k:secret")
+}
+
 fn cluster() -> Vec<ClusterCommand> {
     let Command::Cluster(init) = init() else { panic!("the cluster is made by another service") };
     let host = new_host(2);
@@ -77,7 +82,11 @@ fn cluster() -> Vec<ClusterCommand> {
         ClusterCommand::FenceHost { id: HostId(2), epoch: 3 },
         ClusterCommand::HostReturned { id: HostId(2), epoch: 3 },
         ClusterCommand::RemoveHost { id: HostId(2), force: true },
-        ClusterCommand::RaiseFeatureLevel { level: 2 },
+        ClusterCommand::RaiseFeatureLevel { level: 2, next_host_id: 4 },
+        ClusterCommand::RotateKey { from: "old".into(), to: "new".into() },
+        ClusterCommand::RetireKey { id: "old".into() },
+        ClusterCommand::RotateTokenKeys { rotations: 1, staged: sealed() },
+        ClusterCommand::ResealTokenKeys { rotations: 1, keys: vec![sealed()] },
         ClusterCommand::Adopt { cluster_id: "new".into(), survivor: Some(HostId(1)), host: None },
     ]
 }
@@ -174,7 +183,14 @@ fn image() -> Vec<ImageCommand> {
         })),
         ImageCommand::Delete("i".into()),
         ImageCommand::UploadStarted("i".into()),
-        ImageCommand::Uploaded { id: "i".into(), content: content(), host: HostId(1) },
+        ImageCommand::Uploaded {
+            id: "i".into(),
+            content: content(),
+            host: HostId(1),
+            upload: Some(2),
+        },
+        ImageCommand::UploadBegun { id: "i".into(), host: HostId(1) },
+        ImageCommand::UploadEnded { id: "i".into(), upload: 2 },
         ImageCommand::UploadFailed("i".into()),
         ImageCommand::HeldBy { id: "i".into(), host: HostId(2) },
     ]
@@ -183,7 +199,7 @@ fn image() -> Vec<ImageCommand> {
 fn compute() -> Vec<ComputeCommand> {
     let mut server = new_server("s", Some("g"));
     server.placement = Some(Placement::NoValidHost { message: "none".into(), details: "x".into() });
-    server.user_data = Some(crate::seal::Sealed::from_stored("k:secret"));
+    server.user_data = Some(sealed());
     vec![
         ComputeCommand::CreateFlavor(Box::new(flavor("f", 2, 2048))),
         ComputeCommand::UpdateFlavor { id: "f".into(), description: some("text") },
@@ -237,9 +253,11 @@ fn compute() -> Vec<ComputeCommand> {
         ComputeCommand::EvacuateServer {
             id: "s".into(),
             requested_host: some("node2"),
+            stop: true,
             placement: Some(Placement::Host(HostId(2))),
         },
         ComputeCommand::ServerWaits { id: "s".into(), generation: 3, message: "waits".into() },
+        ComputeCommand::ResealServer { id: "s".into(), from: "k".into(), user_data: sealed() },
     ]
 }
 

@@ -7,7 +7,7 @@ use super::{Image, ImageCommand, ImageContent, ImageStatus, ImageUpdate, NewImag
 use crate::ids::{HostId, ImageId};
 use crate::state::State;
 use crate::state::identity::set;
-use crate::state::limits::{IMAGES_MAX, room};
+use crate::state::limits::{IMAGES_MAX, METADATA_MAX, TAGS_MAX, room};
 use crate::state::outcome::{Outcome, Rejection, RejectionKind};
 
 impl State {
@@ -22,7 +22,24 @@ impl State {
             ImageCommand::UploadStarted(id) => {
                 self.move_image(id, ImageStatus::Queued, ImageStatus::Saving)
             }
-            ImageCommand::Uploaded { id, content, host } => self.uploaded(id, content, *host),
+            ImageCommand::UploadBegun { id, host } => self.begin_upload(id, *host),
+            ImageCommand::UploadEnded { id, upload } => {
+                let current = self.image.images.get(id).is_some_and(|image| {
+                    image.status == ImageStatus::Saving && image.upload == *upload
+                });
+                if !current {
+                    return Ok(Outcome::Ignored);
+                }
+                self.move_image(id, ImageStatus::Saving, ImageStatus::Queued)
+            }
+            ImageCommand::Uploaded { id, content, host, upload } => {
+                let known = self.image.images.get(id).map(|image| image.upload);
+                if upload.is_some() && known.is_some() && *upload != known {
+                    let message = format!("This upload of image {id} was given up before.");
+                    return Err(Rejection::conflict("image", id, message));
+                }
+                self.uploaded(id, content, *host)
+            }
             ImageCommand::UploadFailed(id) => {
                 if self.image.images.get(id).is_none_or(|i| i.status != ImageStatus::Saving) {
                     return Ok(Outcome::Ignored);
@@ -55,6 +72,8 @@ impl State {
             let message = format!("Image ID {} already exists!", new.id);
             return Err(Rejection::conflict("image", &new.id, message));
         }
+        self.room_within(new.properties.len(), METADATA_MAX, "image property")?;
+        self.room_within(new.tags.len(), TAGS_MAX, "tag")?;
         let image = Image {
             id: new.id.clone(),
             name: new.name.clone(),
@@ -71,6 +90,8 @@ impl State {
             properties: new.properties.clone(),
             content: None,
             hosts: BTreeSet::new(),
+            upload: 0,
+            uploader: None,
             created_ms: self.time_ms,
             updated_ms: self.time_ms,
         };
@@ -80,6 +101,9 @@ impl State {
 
     fn update_image(&mut self, update: &ImageUpdate) -> Result<Outcome, Rejection> {
         let now = self.time_ms;
+        let properties = update.properties.as_ref().map_or(0, |properties| properties.len());
+        self.room_within(properties, METADATA_MAX, "image property")?;
+        self.room_within(update.tags.as_ref().map_or(0, |tags| tags.len()), TAGS_MAX, "tag")?;
         let image = self.image_mut(&update.id)?;
         let reformats = update.disk_format.is_some() || update.container_format.is_some();
         if reformats && image.status != ImageStatus::Queued {
@@ -140,6 +164,17 @@ impl State {
         }
         image.status = to;
         image.updated_ms = now;
+        Ok(Outcome::Image(Box::new(image.clone())))
+    }
+
+    fn begin_upload(&mut self, id: &ImageId, host: HostId) -> Result<Outcome, Rejection> {
+        if !self.cluster.hosts.contains_key(&host) {
+            return Err(Rejection::not_found("host", host));
+        }
+        self.move_image(id, ImageStatus::Queued, ImageStatus::Saving)?;
+        let image = self.image_mut(id)?;
+        image.upload += 1;
+        image.uploader = Some(host);
         Ok(Outcome::Image(Box::new(image.clone())))
     }
 

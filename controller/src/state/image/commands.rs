@@ -26,6 +26,23 @@ pub enum ImageCommand {
         content: ImageContent,
         /// Who holds it.
         host: HostId,
+        /// Which upload; of a program before feature level 2 when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        upload: Option<u64>,
+    },
+    /// Its content is coming to this host: queued → saving. The outcome's `upload` names it.
+    UploadBegun {
+        /// Which.
+        id: ImageId,
+        /// Who takes it.
+        host: HostId,
+    },
+    /// An upload failed, or died with its host: saving → queued.
+    UploadEnded {
+        /// Which.
+        id: ImageId,
+        /// Which upload.
+        upload: u64,
     },
     /// Its content did not arrive: saving → queued.
     UploadFailed(ImageId),

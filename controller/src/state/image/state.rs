@@ -106,6 +106,12 @@ pub struct Image {
     pub content: Option<ImageContent>,
     /// The hosts that hold the content.
     pub hosts: BTreeSet<HostId>,
+    /// Counts its uploads: what an older one reports is refused.
+    #[serde(default)]
+    pub upload: u64,
+    /// The host that takes the upload.
+    #[serde(default)]
+    pub uploader: Option<HostId>,
     /// When it was made.
     pub created_ms: u64,
     /// When it last changed.

@@ -10,7 +10,7 @@ use super::{Direction, Ethertype, NetworkCommand, NewRule, SecurityGroup, Securi
 use crate::ids::{ProjectId, SecurityGroupId, SecurityGroupRuleId, derived_id};
 use crate::plan::protocol;
 use crate::state::identity::set;
-use crate::state::limits::{SECURITY_GROUPS_MAX, room};
+use crate::state::limits::{SECURITY_GROUP_RULES_MAX, SECURITY_GROUPS_MAX, room};
 use crate::state::outcome::{Outcome, Rejection, RejectionKind};
 use crate::state::{QuotaResource, State};
 
@@ -194,6 +194,7 @@ impl State {
             return Err(Rejection::conflict("security group rule", &same.id, message));
         }
         let project_id = group.project_id.clone();
+        self.room_within(group.rules.len() + 1, SECURITY_GROUP_RULES_MAX, "rule of the group")?;
         self.quota.check(&project_id, QuotaResource::SecurityGroupRules, 1)?;
         let rule = SecurityGroupRule {
             id: new.id.clone(),

@@ -1,0 +1,176 @@
+//! What is left to do after a rotation of keys, for the leader; and the keys that tokens are made
+//! with, for every node.
+
+use crate::seal::{Sealed, Sealer};
+use crate::state::cluster::{ClusterCommand, TokenKeyRing};
+use crate::state::compute::ComputeCommand;
+use crate::state::{Command, State};
+
+/// After how many rotations a key that was derived from the cluster's verifies no more.
+const DERIVED_KEY_ROTATIONS: u64 = 3;
+
+/// Commands that seal with the current key what older ones seal, `max` of them at most; then
+/// those that retire a key which seals nothing any more. The sealer must hold the keys: what it
+/// can't open is left as it is, and its key is not retired. Needs a random IV, so it is for the
+/// leader and not for `apply`.
+pub fn reseal(state: &State, sealer: &Sealer, max: usize) -> Vec<Command> {
+    let keys = &state.cluster.keys;
+    let Some(current) = keys.current.as_deref().filter(|_| !keys.retiring.is_empty()) else {
+        return Vec::new();
+    };
+    // Until this node has the new key it would only seal with the old one again.
+    if sealer.key_ids().first().map(String::as_str) != Some(current) {
+        return Vec::new();
+    }
+    let old = |sealed: &Sealed| keys.retiring.iter().any(|id| id == sealed.key_id());
+    let servers = state.compute.servers.values().filter_map(|server| {
+        let sealed = server.user_data.as_ref().filter(|sealed| old(sealed))?;
+        Some(Command::Compute(ComputeCommand::ResealServer {
+            id: server.id.clone(),
+            from: sealed.key_id().to_owned(),
+            user_data: anew(sealer, sealed)?,
+        }))
+    });
+    let commands: Vec<Command> =
+        token_key_command(state, sealer, &old).into_iter().chain(servers).take(max).collect();
+    if !commands.is_empty() {
+        return commands;
+    }
+    let unused = keys.retiring.iter().filter(|id| !state.sealed().any(|s| s.key_id() == *id));
+    unused.map(|id| Command::Cluster(ClusterCommand::RetireKey { id: id.clone() })).collect()
+}
+
+fn anew(sealer: &Sealer, sealed: &Sealed) -> Option<Sealed> {
+    sealer.open(sealed).ok().map(|secret| sealer.seal(&secret))
+}
+
+fn token_key_command(
+    state: &State,
+    sealer: &Sealer,
+    old: &dyn Fn(&Sealed) -> bool,
+) -> Option<Command> {
+    let ring = &state.cluster.token_keys;
+    if !ring.all().any(old) {
+        return None;
+    }
+    let keys: Option<Vec<Sealed>> = ring.all().map(|sealed| anew(sealer, sealed)).collect();
+    let rotations = ring.rotations;
+    Some(Command::Cluster(ClusterCommand::ResealTokenKeys { rotations, keys: keys? }))
+}
+
+/// Which of the keys in a node's key file it can forget, by their ids: those that are retired.
+pub fn keys_to_forget(state: &State, held: &[String]) -> Vec<String> {
+    let keys = &state.cluster.keys;
+    let used = |id: &&String| keys.current.as_ref() == Some(*id) || keys.retiring.contains(*id);
+    held.iter().filter(|id| !used(id) && keys.retired.contains(*id)).cloned().collect()
+}
+
+/// The keys that tokens are made with, the first, and verified with, all of them. `derived` is
+/// the key that follows from the cluster's: the one before the second rotation.
+pub fn token_keys(ring: &TokenKeyRing, sealer: &Sealer, derived: [u8; 32]) -> Vec<[u8; 32]> {
+    let open = |sealed: &Sealed| <[u8; 32]>::try_from(sealer.open(sealed).ok()?).ok();
+    let primary = ring.primary.as_ref().and_then(open);
+    let others = ring.staged.iter().chain(&ring.secondary).filter_map(open);
+    let derived = (primary.is_none() || ring.rotations <= DERIVED_KEY_ROTATIONS).then_some(derived);
+    let mut keys: Vec<[u8; 32]> = primary.into_iter().collect();
+    keys.extend(derived);
+    keys.extend(others);
+    keys
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::seal::key_id;
+    use crate::state::RejectionKind;
+    use crate::state::fixture::{Sample, new_server, without_ports};
+
+    const OLD: [u8; 32] = [1; 32];
+    const NEW: [u8; 32] = [2; 32];
+
+    fn rotate(from: [u8; 32], to: [u8; 32]) -> Command {
+        let (from, to) = (key_id(&from), key_id(&to));
+        Command::Cluster(ClusterCommand::RotateKey { from, to })
+    }
+
+    fn with_secrets(sealer: &Sealer) -> Sample {
+        let mut sample = Sample::new();
+        for n in 0..3 {
+            let mut new = without_ports(new_server(&format!("s{n}"), None));
+            new.user_data = Some(sealer.seal(b"#cloud-config"));
+            sample.compute(ComputeCommand::CreateServer(Box::new(new)));
+        }
+        let staged = sealer.seal(&[7; 32]);
+        sample.must(Command::Cluster(ClusterCommand::RotateTokenKeys { rotations: 0, staged }));
+        sample
+    }
+
+    #[test]
+    fn after_a_rotation_everything_is_sealed_anew_in_batches_and_the_old_key_is_retired() {
+        let sealer = Sealer::new(OLD);
+        let mut sample = with_secrets(&sealer);
+        assert_eq!(reseal(&sample.state, &sealer, 2), []);
+        sample.must(rotate(OLD, NEW));
+        assert_eq!(reseal(&sample.state, &sealer, 2), [], "this node hasn't the key yet");
+        sealer.set_keys(&[OLD, NEW], sample.state.cluster.keys.current.as_deref());
+        let mut batches = Vec::new();
+        loop {
+            let commands = reseal(&sample.state, &sealer, 2);
+            if commands.is_empty() {
+                break;
+            }
+            batches.push(commands.len());
+            commands.into_iter().for_each(|command| drop(sample.must(command)));
+        }
+        assert_eq!(batches, [2, 2, 1]);
+        let keys = &sample.state.cluster.keys;
+        assert_eq!((keys.retiring.len(), &keys.retired), (0, &vec![key_id(&OLD)]));
+        assert!(sample.state.sealed().all(|sealed| sealed.key_id() == key_id(&NEW)));
+        let user_data = sample.server("s1").user_data.clone().expect("it has some");
+        let alone = Sealer::new(NEW);
+        assert_eq!(alone.open(&user_data).as_deref(), Ok(b"#cloud-config".as_slice()));
+        let held = [key_id(&OLD), key_id(&NEW), "unknown".to_owned()];
+        assert_eq!(keys_to_forget(&sample.state, &held), [key_id(&OLD)]);
+    }
+
+    #[test]
+    fn a_key_is_not_retired_while_it_seals_something_and_not_used_once_it_is() {
+        let sealer = Sealer::new(OLD);
+        let mut sample = with_secrets(&sealer);
+        sample.must(rotate(OLD, NEW));
+        let retire = Command::Cluster(ClusterCommand::RetireKey { id: key_id(&OLD) });
+        sample.refused_as(retire, RejectionKind::InUse);
+        let late = sealer.seal(b"late");
+        sealer.set_keys(&[OLD, NEW], sample.state.cluster.keys.current.as_deref());
+        while let [first, ..] = reseal(&sample.state, &sealer, 1).as_slice() {
+            sample.must(first.clone());
+        }
+        let mut new = without_ports(new_server("late", None));
+        new.user_data = Some(late);
+        let create = Command::Compute(ComputeCommand::CreateServer(Box::new(new)));
+        sample.refused_as(create, RejectionKind::Conflict);
+        sample.refused_as(rotate(NEW, OLD), RejectionKind::Invalid);
+        sample.refused_as(rotate(OLD, [3; 32]), RejectionKind::Conflict);
+    }
+
+    #[test]
+    fn token_keys_go_from_staged_to_primary_to_secondary() {
+        let sealer = Sealer::new(OLD);
+        let mut sample = Sample::new();
+        let derived = [9; 32];
+        let mut seen = vec![token_keys(&sample.state.cluster.token_keys, &sealer, derived)];
+        for n in 0..5 {
+            let staged = sealer.seal(&[n; 32]);
+            let rotations = u64::from(n);
+            sample.must(Command::Cluster(ClusterCommand::RotateTokenKeys { rotations, staged }));
+            seen.push(token_keys(&sample.state.cluster.token_keys, &sealer, derived));
+        }
+        let first_bytes: Vec<Vec<u8>> =
+            seen.iter().map(|keys| keys.iter().map(|key| key[0]).collect()).collect();
+        let expected: [&[u8]; 6] =
+            [&[9], &[9, 0], &[0, 9, 1], &[1, 9, 2, 0], &[2, 3, 1, 0], &[3, 4, 2, 1, 0]];
+        assert_eq!(first_bytes, expected);
+        let stale = ClusterCommand::RotateTokenKeys { rotations: 4, staged: sealer.seal(&[8; 32]) };
+        sample.refused_as(Command::Cluster(stale), RejectionKind::Conflict);
+    }
+}
