@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod backup;
+mod clocks;
 mod codec;
 mod config;
 pub mod disk;
@@ -44,6 +45,7 @@ use std::net::SocketAddr;
 use futures::future::BoxFuture;
 
 pub use backup::{BackupInfo, read_backup};
+pub use clocks::CLOCK_OFF_MAX;
 pub use config::{Config, Tls};
 pub use membership::RemoveVoterError;
 pub use node::{AddVoterError, BootstrapError, Raft, StartError};

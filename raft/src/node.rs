@@ -26,6 +26,7 @@ use tokio::{
 use crate::{
     CALL_BYTES_MAX, CallError, Calls, Config, Member, MemberStatus, NodeId, Prepare, ProposeError,
     Proposed, SnapshotError, StateMachine, Status, TlsError, Unavailable, WalError,
+    clocks::watch_clocks,
     codec::Encoder,
     disk::HostDisk,
     healing,
@@ -237,6 +238,7 @@ impl<S: StateMachine> Raft<S> {
         if core.healing.borrow().is_some() {
             tokio::spawn(healing::heal(core.clone()));
         }
+        tokio::spawn(watch_clocks(core.clone()));
         Ok(Self { core })
     }
 

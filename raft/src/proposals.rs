@@ -311,10 +311,15 @@ impl<S: StateMachine> Core<S> {
 
     /// The clock in milliseconds, never behind an earlier stamp of this node.
     fn stamp(&self) -> u64 {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        let now_ms = unix_ms();
         self.clock_ms.fetch_max(now_ms, Ordering::Relaxed).max(now_ms)
     }
+}
+
+/// The wall clock in milliseconds since the Unix epoch.
+pub(crate) fn unix_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a failed write to openraft means for the caller's next step.

@@ -48,6 +48,8 @@ pub(crate) enum Kind {
     Describe = 33,
     /// The last entry of a leader that a quorum still follows.
     LastLog = 34,
+    /// What a node's wall clock shows, and whether it could lead.
+    Clock = 35,
     /// The answer to the request of the same id.
     Reply = 128,
     /// The request of the same id was refused; the body is a sentence.
@@ -56,7 +58,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
-        const ALL: [Kind; 16] = [
+        const ALL: [Kind; 17] = [
             Kind::Hello,
             Kind::Vote,
             Kind::PreVote,
@@ -71,6 +73,7 @@ impl Kind {
             Kind::RemoveVoter,
             Kind::Describe,
             Kind::LastLog,
+            Kind::Clock,
             Kind::Reply,
             Kind::Refused,
         ];
