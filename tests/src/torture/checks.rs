@@ -1,5 +1,6 @@
 //! What must hold after the faults.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -200,6 +201,22 @@ fn remove(seat: &Seat, paths: Vec<String>, findings: &mut Vec<String>) -> Result
     })?;
     findings.extend(left);
     Ok(())
+}
+
+/// Guests that run on more than one host.
+pub(super) fn running_twice(ground: &Ground) -> Result<Vec<String>> {
+    let mut hosts: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for host in &ground.hosts {
+        let status = host.status()?;
+        for guest in status["guests"].as_array().into_iter().flatten() {
+            if guest["state"] == "running" {
+                let server = guest["id"].as_str().unwrap_or_default().to_owned();
+                hosts.entry(server).or_default().push(&host.name);
+            }
+        }
+    }
+    let twice = hosts.into_iter().filter(|(_, hosts)| hosts.len() > 1);
+    Ok(twice.map(|(server, hosts)| format!("server {server} runs on {hosts:?}")).collect())
 }
 
 /// What is left on the hosts of guests and volumes that are gone.

@@ -254,7 +254,7 @@ impl<'a> Run<'a> {
         }
         faults::heal(&mut ground.hosts, &ground.wire)?;
         self.expect_service()?;
-        self.examine_witnesses(ground)
+        self.examine_guests(ground)
     }
 
     /// Every node takes a write within a limit.
@@ -295,29 +295,19 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn examine_witnesses(&mut self, ground: &Ground) -> Result<()> {
+    fn examine_guests(&mut self, ground: &Ground) -> Result<()> {
+        let found = patiently(|| checks::running_twice(ground))?;
+        self.tell(found);
         for number in 0..self.witnesses.len() {
             if self.witnesses[number].harmed {
                 continue;
             }
-            let found = self.examine(ground, number)?;
+            let witness = &self.witnesses[number];
+            let found = patiently(|| witness.examine(ground, &self.seats[0]))?;
             self.witnesses[number].harmed = !found.is_empty();
             self.tell(found);
         }
         Ok(())
-    }
-
-    fn examine(&self, ground: &Ground, number: usize) -> Result<Vec<String>> {
-        let begun = Instant::now();
-        loop {
-            match self.witnesses[number].examine(ground, &self.seats[0]) {
-                // A node that has just started again may not have found its guests yet.
-                Err(_) if begun.elapsed() < SERVES_WITHIN => {
-                    std::thread::sleep(Duration::from_millis(200));
-                }
-                examined => return examined,
-            }
-        }
     }
 
     /// Peace, then everything that must hold.
@@ -410,5 +400,18 @@ impl<'a> Run<'a> {
             "witness_writes": self.witnessed,
             "serves_after_healing_s": recoveries,
         })
+    }
+}
+
+/// Looks again where it can't: a node that has just started again may not have found its guests yet.
+fn patiently<T>(look: impl Fn() -> Result<T>) -> Result<T> {
+    let begun = Instant::now();
+    loop {
+        match look() {
+            Err(_) if begun.elapsed() < SERVES_WITHIN => {
+                std::thread::sleep(Duration::from_millis(200));
+            }
+            found => return found,
+        }
     }
 }
