@@ -1,19 +1,28 @@
 //! Frames and records: how bytes lie in a segment.
 //!
 //! ```text
-//! frame  = payload length u32 | crc32c u32 | sequence u64 | payload        (crc over sequence, payload)
+//! frame   = payload length u32 | crc32c u32 | sequence u64 | crc32c u32 | payload | end 0xe5
+//!           (the first crc over sequence and payload, the second over the header before it)
 //! payload = record*       record = kind u8 | length u32 | bytes
 //! ```
 //! A frame is what one write and one `fdatasync` made durable, so the log ends with at most one
-//! torn frame: a bad frame that valid ones follow is damage, never a crash.
+//! torn frame: a bad frame that valid ones follow is damage, never a crash. And a torn frame lacks
+//! something: a sector that is still zero, or its end. One that has all its parts and still can't
+//! be read is damaged.
 
 use crate::{
     codec::{DecodeError, Decoder, Encoder},
     types::{LogEntry, LogId, Vote},
 };
 
-/// Length, checksum and sequence.
-pub(super) const FRAME_HEADER_BYTES: usize = 16;
+/// Length, checksum, sequence and the header's own checksum.
+const HEADER_BYTES: usize = 20;
+/// What follows the payload.
+const END: u8 = 0xe5;
+/// What a frame has besides its payload.
+pub(super) const FRAME_OVERHEAD_BYTES: usize = HEADER_BYTES + 1;
+/// What a disk writes whole or not at all.
+const SECTOR_BYTES: usize = 512;
 /// How far ahead of the expected one a sequence may be when looking for frames behind a bad one.
 const SEQUENCE_WINDOW: u64 = 1 << 24;
 
@@ -91,29 +100,65 @@ pub(super) struct Frame<'a> {
 
 /// Puts a header before a payload.
 pub(super) fn encode_frame(sequence: u64, payload: &[u8]) -> Vec<u8> {
-    let mut frame = Encoder(Vec::with_capacity(FRAME_HEADER_BYTES + payload.len()));
+    let mut frame = Encoder(Vec::with_capacity(FRAME_OVERHEAD_BYTES + payload.len()));
     frame.u32(payload.len() as u32);
     frame.u32(checksum(sequence, payload));
     frame.u64(sequence);
+    let header_crc = crc32c::crc32c(&frame.0);
+    frame.u32(header_crc);
     frame.raw(payload);
+    frame.u8(END);
     frame.0
 }
 
 /// The frame at the start of `bytes`, if one is whole there.
 pub(super) fn decode_frame(bytes: &[u8]) -> Option<Frame<'_>> {
-    let mut decoder = Decoder(bytes);
+    let (length, crc, sequence) = decode_header(bytes)?;
+    let mut decoder = Decoder(bytes.get(HEADER_BYTES..)?);
+    let payload = decoder.take(length).ok()?;
+    let whole = decoder.u8() == Ok(END) && checksum(sequence, payload) == crc;
+    whole.then_some(Frame { sequence, payload, size_bytes: FRAME_OVERHEAD_BYTES + length })
+}
+
+/// Payload length, checksum and sequence, if the header is as it was written.
+fn decode_header(bytes: &[u8]) -> Option<(usize, u32, u64)> {
+    let header = bytes.get(..HEADER_BYTES)?;
+    let mut decoder = Decoder(header);
     let length = decoder.u32().ok()? as usize;
     let crc = decoder.u32().ok()?;
     let sequence = decoder.u64().ok()?;
-    if length == 0 {
-        return None;
+    let whole = decoder.u32() == Ok(crc32c::crc32c(&header[..HEADER_BYTES - 4]));
+    (whole && length > 0).then_some((length, crc, sequence))
+}
+
+/// Whether an unreadable frame at `offset` of a segment was written to its end, so that it is
+/// damaged and not torn. (A payload with a sector of zeros in it can pass for torn; the mark of
+/// acknowledged frames tells then.)
+pub(super) fn was_written_whole(bytes: &[u8], offset: usize) -> bool {
+    let written = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    if written <= HEADER_BYTES {
+        return false;
     }
-    let payload = decoder.take(length).ok()?;
-    (checksum(sequence, payload) == crc).then_some(Frame {
-        sequence,
-        payload,
-        size_bytes: FRAME_HEADER_BYTES + length,
-    })
+    let Some((length, ..)) = decode_header(bytes) else {
+        return has_all_sectors(&bytes[..HEADER_BYTES], offset);
+    };
+    let end = HEADER_BYTES + length;
+    let has_end = bytes.get(end).is_some_and(|end| *end != 0);
+    has_end && has_all_sectors(&bytes[..end], offset)
+}
+
+/// Whether no sector's part of these bytes is still zero.
+fn has_all_sectors(mut bytes: &[u8], mut offset: usize) -> bool {
+    while !bytes.is_empty() {
+        let room = SECTOR_BYTES - offset % SECTOR_BYTES;
+        let (part, rest) = bytes.split_at(room.min(bytes.len()));
+        if part.iter().all(|byte| *byte == 0) {
+            return false;
+        }
+        offset += part.len();
+        bytes = rest;
+    }
+    true
 }
 
 /// The records of a frame's payload.
@@ -128,7 +173,7 @@ pub(super) fn decode_records(payload: &[u8]) -> Result<Vec<Record>, DecodeError>
 
 /// Whether a whole frame written after `expected` lies anywhere in `bytes`.
 pub(super) fn later_frame_exists(bytes: &[u8], expected: u64) -> bool {
-    let last = bytes.len().saturating_sub(FRAME_HEADER_BYTES);
+    let last = bytes.len().saturating_sub(HEADER_BYTES);
     (1..=last).any(|at| {
         let sequence =
             u64::from_le_bytes(bytes[at + 8..at + 16].try_into().expect("a slice of eight bytes"));
@@ -146,7 +191,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_vote_frame_has_the_bytes_it_had_in_version_1() {
+    fn a_vote_frame_has_the_bytes_it_had_in_version_2() {
         let record = Record::Vote(Vote::new(1, 2));
         let payload = record.encode();
         let mut golden = vec![1, 17, 0, 0, 0];
@@ -157,8 +202,41 @@ mod tests {
         let frame = encode_frame(9, &payload);
         assert_eq!(&frame[..4], &[22, 0, 0, 0]);
         assert_eq!(&frame[8..16], &9u64.to_le_bytes());
+        assert_eq!(frame[HEADER_BYTES..frame.len() - 1], golden);
+        assert_eq!(frame.last(), Some(&END));
         let decoded = decode_frame(&frame).expect("whole");
         assert_eq!(decode_records(decoded.payload), Ok(vec![record]));
+    }
+
+    #[test]
+    fn a_whole_frame_with_any_flipped_bit_is_told_from_any_torn_one() {
+        let data = std::sync::Arc::from(vec![9u8; 2_000]);
+        let command = crate::types::Command { time_ms: 1, id: [2; 16], data };
+        let log_id = LogId::new(crate::types::LeaderId { term: 1, node_id: 1 }, 1);
+        let entry = LogEntry { log_id, payload: crate::types::Payload::Normal(command) };
+        let frame = encode_frame(3, &Record::Entry(entry).encode());
+        for offset in [64, 500, 505, 511, 1_024] {
+            let mut tail = frame.clone();
+            tail.resize(4_096, 0);
+            for bit in 0..frame.len() * 8 {
+                let mut damaged = tail.clone();
+                damaged[bit / 8] ^= 1 << (bit % 8);
+                assert!(was_written_whole(&damaged, offset), "bit {bit} at {offset}");
+            }
+            for kept in 0..frame.len() {
+                let mut torn = tail.clone();
+                torn[kept..].fill(0);
+                assert!(!was_written_whole(&torn, offset), "{kept} bytes at {offset}");
+            }
+            let sectors = offset / SECTOR_BYTES..=(offset + frame.len() - 1) / SECTOR_BYTES;
+            for sector in sectors {
+                let mut torn = tail.clone();
+                let start = (sector * SECTOR_BYTES).saturating_sub(offset);
+                let end = ((sector + 1) * SECTOR_BYTES - offset).min(frame.len());
+                torn[start..end].fill(0);
+                assert!(!was_written_whole(&torn, offset), "sector {sector} at {offset}");
+            }
+        }
     }
 
     #[test]

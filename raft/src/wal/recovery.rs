@@ -19,7 +19,9 @@ use std::{
 
 use super::{
     LOCK_FILE, Record, Recovered, WalError,
-    frame::{Frame, decode_frame, decode_records, encode_frame, later_frame_exists},
+    frame::{
+        Frame, decode_frame, decode_records, encode_frame, later_frame_exists, was_written_whole,
+    },
     io_error, latest_of,
     segment::{self, Header, Identity, Owner, SEGMENT_HEADER_BYTES, Segment},
     state_file::{self, Found, StateFile},
@@ -209,6 +211,9 @@ impl Scan {
             && later_frame_exists(&tail[..scanned.torn_bytes], self.next_sequence)
         {
             self.found(path, scanned.end as u64, "valid frames follow unreadable ones");
+        }
+        if self.damage.is_none() && is_last && was_written_whole(tail, scanned.end) {
+            self.found(path, scanned.end as u64, "the last write is whole and can't be read");
         }
         let nothing_kept = scanned.end == SEGMENT_HEADER_BYTES && self.damage.is_some();
         if nothing_kept {

@@ -11,9 +11,10 @@
 //! flushed slot) and then in both slots, so any one damaged place leaves it readable.
 //!
 //! The mark of acknowledged frames is written after each flush without a flush of its own. It says
-//! that a frame that can't be read had been acknowledged, which a torn last write had not. The
-//! kernel writes it back within seconds, and a killed process loses nothing; what remains
-//! undetected is damage of the very last frame by a power cut within these seconds.
+//! that frames that are gone, or look torn, had been acknowledged. The kernel writes it back within
+//! seconds, and a killed process loses nothing. What remains undetected is the loss of the very last
+//! frame, or of a sector of it, by a power cut within these seconds: it looks like a write that was
+//! never finished. (Any flipped bit of it is seen: `frame.rs`.)
 
 use std::{
     io,

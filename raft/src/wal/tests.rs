@@ -204,7 +204,8 @@ fn a_tear_that_lost_the_first_bytes_of_the_last_frame_is_cut_off_too() {
     let path = segments(directory.path()).remove(0);
     let mut bytes = fs::read(&path).expect("read");
     let last = frame_offsets(&path)[2];
-    bytes[last..last + 20].fill(0);
+    // The sector in which the frame begins was not written, or its part of it.
+    bytes[last..last.next_multiple_of(512)].fill(0);
     fs::write(&path, bytes).expect("tear");
     forget_mark(directory.path());
     let (_wal, recovered) = open(directory.path()).expect("reopen");
@@ -261,6 +262,26 @@ fn any_flipped_bit_of_an_acknowledged_frame_is_damage_that_keeps_what_lies_befor
                 assert!(healing.contains("is damaged at byte"), "{healing}");
             }
         }
+    }
+}
+
+#[test]
+fn a_flipped_bit_of_the_last_frame_is_damage_even_when_the_mark_was_never_written_back() {
+    let directory = directory();
+    let (wal, _) = open(directory.path()).expect("open");
+    write_entries(&wal, 0..5);
+    drop(wal);
+    forget_mark(directory.path());
+    let path = segments(directory.path()).remove(0);
+    let offsets = frame_offsets(&path);
+    for at in (offsets[4]..offsets[5]).step_by(3) {
+        let copy = copy_of(directory.path());
+        let damaged = copy.path().join(path.file_name().expect("name"));
+        let mut bytes = fs::read(&damaged).expect("read");
+        bytes[at] ^= 2;
+        fs::write(&damaged, bytes).expect("damage");
+        let (recovered, _) = healing_after(copy.path(), &format!("byte {at}"));
+        assert_eq!(recovered.entries.len(), 4);
     }
 }
 

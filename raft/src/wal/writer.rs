@@ -18,7 +18,7 @@ use std::{
 use tokio::sync::watch;
 
 use super::{
-    frame::{FRAME_HEADER_BYTES, encode_frame},
+    frame::{FRAME_OVERHEAD_BYTES, encode_frame},
     segment::{self, Owner, SEGMENT_HEADER_BYTES, Segment},
     state_file::StateFile,
 };
@@ -444,7 +444,7 @@ impl<D: Disk> Writer<D> {
         }
         let vote = batch.items.iter().rev().find_map(|item| item.latest.vote.clone());
         let reserve = if stalled { 0 } else { self.reserve_bytes() };
-        if !self.active.fits(FRAME_HEADER_BYTES + payload.len() + reserve) {
+        if !self.active.fits(FRAME_OVERHEAD_BYTES + payload.len() + reserve) {
             if let Some((_, slot)) = vote.filter(|_| stalled) {
                 // Not even the reserve is left: the slots alone must do.
                 self.state.save_vote_alone(&slot)?;
@@ -453,12 +453,22 @@ impl<D: Disk> Writer<D> {
             let mut with_checkpoint = self.latest_with(batch).checkpoint();
             with_checkpoint.extend_from_slice(&payload);
             payload = with_checkpoint;
-            self.rotate(FRAME_HEADER_BYTES + payload.len())?;
+            self.rotate(FRAME_OVERHEAD_BYTES + payload.len())?;
         }
         let frame = encode_frame(self.sequence, &payload);
-        self.active.file.write_all_at(&frame, self.active.offset)?;
+        self.write_frame(&frame)?;
         let vote = batch.items.iter().rev().find_map(|item| item.latest.vote.clone());
         Ok(Some(Written { frame_bytes: frame.len() as u64, vote: vote.map(|(_, slot)| slot) }))
+    }
+
+    fn write_frame(&self, frame: &[u8]) -> io::Result<()> {
+        let offset = self.active.offset;
+        self.active.file.write_all_at(frame, offset).inspect_err(|error| {
+            if is_no_space(error) {
+                // What was begun must not look like a damaged frame behind a shorter one.
+                let _ = self.active.file.write_all_at(&vec![0; frame.len()], offset);
+            }
+        })
     }
 
     /// What a checkpoint before this batch says. Its own commit counts already, because it comes
