@@ -177,7 +177,7 @@ impl<'a> Driver<'a> {
             let descriptor = at + u64::from(index) * 16;
             ram.write_obj(address, GuestAddress(descriptor)).unwrap();
             ram.write_obj(len, GuestAddress(descriptor + 8)).unwrap();
-            ram.write_obj(flags as u16, GuestAddress(descriptor + 12)).unwrap();
+            ram.write_obj(flags, GuestAddress(descriptor + 12)).unwrap();
             ram.write_obj(index + 1, GuestAddress(descriptor + 14)).unwrap();
         }
         let index: u16 = ram.read_obj(GuestAddress(at + 0x1002)).unwrap();

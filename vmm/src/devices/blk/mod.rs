@@ -69,7 +69,7 @@ pub enum Source {
     /// A file or block device.
     Raw(File),
     /// An NBD server.
-    Nbd(NbdClient),
+    Nbd(Box<NbdClient>),
 }
 
 /// A disk's backend.
@@ -115,7 +115,7 @@ pub fn open(
             let client = NbdClient::new(socket).map_err(|error| unusable(error.to_string()))?;
             let made = DiskLink::new().map_err(|error| unusable(error.to_string()))?;
             link = Some(Arc::new(made));
-            (Source::Nbd(client), *size_bytes)
+            (Source::Nbd(Box::new(client)), *size_bytes)
         }
     };
     if size_bytes < SECTOR_BYTES {
