@@ -155,6 +155,15 @@ impl Client {
         }
     }
 
+    /// As [`Client::export_volume`], for the one host whose certificate has this name.
+    pub fn export_volume_to(&mut self, attachment: Attachment, host: &str) -> Result<u64, Error> {
+        let request = Request::ExportVolumeTo { attachment, host: host.to_owned() };
+        match self.call(request, &[])?.0 {
+            Reply::Disk { size_bytes } => Ok(size_bytes),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// At the home: ends an attachment.
     pub fn detach_volume(
         &mut self,

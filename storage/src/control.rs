@@ -143,6 +143,13 @@ pub enum Request {
     /// Permits a server on another host to connect to a volume whose home is here →
     /// [`Reply::Disk`] without a descriptor. The grant is on disk before the reply.
     ExportVolume(Attachment),
+    /// As `ExportVolume`, and only that host may connect.
+    ExportVolumeTo {
+        /// The attachment.
+        attachment: Attachment,
+        /// The name in that host's certificate, `node-<id>.<cluster id>.trine`.
+        host: String,
+    },
     /// At the home: ends an attachment, closes its connections and waits for what they had in
     /// flight → [`Reply::Done`], also when it had ended before.
     DetachVolume {
@@ -221,10 +228,23 @@ pub struct Status {
     pub images: Vec<ImageInfo>,
     /// Volumes with their home here.
     pub volumes: Vec<VolumeInfo>,
+    /// Volumes that can't be served because their records or data are damaged. Their files are
+    /// left as they are; deleting such a volume removes them.
+    #[serde(default)]
+    pub volumes_damaged: Vec<Damaged>,
     /// Volumes of other hosts that are connected for servers here.
     pub connected: Vec<Connected>,
     /// Median time of a 512-byte overwrite and fdatasync there, measured at start.
     pub fdatasync_p50_us: u64,
+}
+
+/// A volume that can't be served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damaged {
+    /// Its directory's name, which is the volume's id.
+    pub id: String,
+    /// What is wrong.
+    pub message: String,
 }
 
 /// A volume of another host that a server here uses.
@@ -286,6 +306,10 @@ pub struct Holder {
     pub access: Access,
     /// Whether it may only read.
     pub read_only: bool,
+    /// The host that an export is for, by its certificate's name: the one that was named with the
+    /// grant, or the first that connected. No other host is admitted at this generation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
 }
 
 /// One volume.

@@ -103,7 +103,11 @@ impl Store {
                 disk(file, size_bytes)
             }
             Request::ExportVolume(attachment) => {
-                let size_bytes = self.volumes.export(&attachment)?;
+                let size_bytes = self.volumes.export(&attachment, None)?;
+                Ok((Reply::Disk { size_bytes }, None))
+            }
+            Request::ExportVolumeTo { attachment, host } => {
+                let size_bytes = self.volumes.export(&attachment, Some(&host))?;
                 Ok((Reply::Disk { size_bytes }, None))
             }
             Request::ConnectVolume { attachment, size_bytes, home } => {
@@ -155,6 +159,7 @@ impl Store {
             total_bytes,
             images: self.images.list(),
             volumes: self.volumes.list(),
+            volumes_damaged: self.volumes.damaged(),
             connected: self.remotes.list(),
             fdatasync_p50_us: self.fdatasync_p50_us(),
         })

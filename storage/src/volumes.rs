@@ -12,13 +12,16 @@
 //!   held by s at g: by anyone at more than g → s is cut off, then held at the newer generation
 //! ```
 //!
+//! An export is for one host, by the name in its certificate: the one that the grant names, or the
+//! first that connects. Only a newer generation moves it.
+//!
 //! Cutting off an export closes its connection and waits for what it has in flight. A raw
 //! descriptor can't be taken back, so each carries a shared `flock` of its own open file: the lock
 //! lives exactly as long as any copy of the descriptor, in whatever process. A change of holder
 //! needs that lock alone, and is refused until whoever has the descriptor has ended.
 
 use crate::control::{
-    Access, Attachment, Error, ErrorKind, Holder, VolumeInfo, check_id, check_size,
+    Access, Attachment, Damaged, Error, ErrorKind, Holder, VolumeInfo, check_id, check_size,
 };
 use crate::directory::{self, Directory};
 use rustix::fs::{FlockOperation, flock};
@@ -101,6 +104,8 @@ pub(crate) struct Volumes {
     directory: Arc<Directory>,
     runtime: Handle,
     volumes: Mutex<BTreeMap<String, Arc<Volume>>>,
+    /// Volumes that can't be served, and why: by their directories' names.
+    damaged: Mutex<BTreeMap<String, String>>,
     /// Held while a volume is made or removed, so that each happens once; after a gate, never
     /// before one.
     making: Mutex<()>,
@@ -158,9 +163,10 @@ impl std::fmt::Display for ExportName {
 }
 
 impl Volumes {
-    /// Reads what is there, with its holders. An entry that makes no sense is left alone.
+    /// Reads what is there, with its holders. A damaged volume is left alone and named by every
+    /// request for it; the others are served.
     pub(crate) fn open(directory: Arc<Directory>, runtime: Handle) -> io::Result<Self> {
-        let mut volumes = BTreeMap::new();
+        let (mut volumes, mut damaged) = (BTreeMap::new(), BTreeMap::new());
         for entry in fs::read_dir(directory.volumes())? {
             let path = entry?.path();
             match read_record(&path) {
@@ -169,10 +175,18 @@ impl Volumes {
                 }
                 Err(error) => {
                     tracing::error!(path = %path.display(), %error, "volume not served");
+                    let name = path.file_name().unwrap_or_default().to_string_lossy();
+                    damaged.insert(name.into_owned(), error.to_string());
                 }
             }
         }
-        Ok(Self { directory, runtime, volumes: Mutex::new(volumes), making: Mutex::new(()) })
+        Ok(Self {
+            directory,
+            runtime,
+            volumes: Mutex::new(volumes),
+            damaged: Mutex::new(damaged),
+            making: Mutex::new(()),
+        })
     }
 
     /// Every volume, by id.
@@ -180,8 +194,31 @@ impl Volumes {
         lock(&self.volumes).values().map(|volume| volume.info()).collect()
     }
 
+    /// Volumes that can't be served, by id.
+    pub(crate) fn damaged(&self) -> Vec<Damaged> {
+        let damaged = lock(&self.damaged);
+        let entry = |(id, message): (&String, &String)| Damaged {
+            id: id.clone(),
+            message: message.clone(),
+        };
+        damaged.iter().map(entry).collect()
+    }
+
     fn get(&self, volume_id: &str) -> Result<Arc<Volume>, Error> {
-        lock(&self.volumes).get(volume_id).cloned().ok_or_else(|| missing(volume_id))
+        if let Some(volume) = lock(&self.volumes).get(volume_id) {
+            return Ok(Arc::clone(volume));
+        }
+        match lock(&self.damaged).get(volume_id) {
+            None => Err(missing(volume_id)),
+            Some(why) => Err(Error::new(
+                ErrorKind::Io,
+                format!(
+                    "volume {volume_id} is damaged at its home and not served: {why}; repair {} \
+                     and restart the storage process, or delete the volume",
+                    self.path(volume_id).display()
+                ),
+            )),
+        }
     }
 
     /// Makes an empty volume.
@@ -189,7 +226,12 @@ impl Volumes {
         check_id("volume", volume_id)?;
         check_size("volume", size_bytes)?;
         let _making = lock(&self.making);
-        if let Ok(volume) = self.get(volume_id) {
+        let found = match self.get(volume_id) {
+            Ok(volume) => Some(volume),
+            Err(error) if error.kind == ErrorKind::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        if let Some(volume) = found {
             let found_bytes = lock(&volume.state).record.size_bytes;
             return if found_bytes == size_bytes {
                 Ok(())
@@ -235,7 +277,7 @@ impl Volumes {
     pub(crate) fn delete(&self, volume_id: &str, generation: Option<u64>) -> Result<(), Error> {
         check_id("volume", volume_id)?;
         let Ok(volume) = self.get(volume_id) else {
-            return Ok(());
+            return self.delete_damaged(volume_id);
         };
         let _gate = lock(&volume.gate);
         let Ok(record) = volume.record(volume_id) else {
@@ -253,45 +295,97 @@ impl Volumes {
         Ok(())
     }
 
+    /// Nobody holds what is not served, but a descriptor handed out before may still be open.
+    fn delete_damaged(&self, volume_id: &str) -> Result<(), Error> {
+        let _making = lock(&self.making);
+        if !lock(&self.damaged).contains_key(volume_id) {
+            return Ok(());
+        }
+        if self.data(volume_id).exists() {
+            self.check_closed(volume_id)?;
+        }
+        self.directory.remove(&self.path(volume_id))?;
+        lock(&self.damaged).remove(volume_id);
+        Ok(())
+    }
+
     /// Makes a server the holder, durably, and opens the volume for it.
     pub(crate) fn attach(&self, claim: &Attachment) -> Result<(File, u64), Error> {
         let volume = self.get(&claim.volume_id)?;
         let _gate = lock(&volume.gate);
-        let size_bytes = self.claim(&volume, claim, Access::Local)?;
+        let size_bytes = self.claim(&volume, claim, Access::Local, None)?;
         let file = self.open_data(&claim.volume_id, claim.read_only)?;
         Ok((file, size_bytes))
     }
 
-    /// Makes a server on another host the holder, durably; the volume's size.
-    pub(crate) fn export(&self, claim: &Attachment) -> Result<u64, Error> {
+    /// Makes a server on another host (that one, where it is named) the holder, durably; the
+    /// volume's size.
+    pub(crate) fn export(&self, claim: &Attachment, host: Option<&str>) -> Result<u64, Error> {
         let volume = self.get(&claim.volume_id)?;
         let _gate = lock(&volume.gate);
-        self.claim(&volume, claim, Access::Export)
+        self.claim(&volume, claim, Access::Export, host)
     }
 
     /// With the gate held: the volume's size, where the claim is now the holder's.
-    fn claim(&self, volume: &Volume, claim: &Attachment, access: Access) -> Result<u64, Error> {
+    fn claim(
+        &self,
+        volume: &Volume,
+        claim: &Attachment,
+        access: Access,
+        host: Option<&str>,
+    ) -> Result<u64, Error> {
         let id = &claim.volume_id;
         check_id("server", &claim.server_id)?;
         let record = volume.record(id)?;
         match (judge(&record, claim, access), &record.holder) {
-            (Verdict::Keep, _) => return Ok(record.size_bytes),
+            (Verdict::Keep, Some(holder)) => {
+                let size_bytes = record.size_bytes;
+                if let Some(host) = host {
+                    self.bind(volume, &record, holder, host)?;
+                }
+                return Ok(size_bytes);
+            }
             (Verdict::Take, _) => {}
             (Verdict::InUse, Some(holder)) => return Err(held(id, holder, record.generation)),
-            (Verdict::Stale | Verdict::InUse, _) => {
+            (Verdict::Stale | Verdict::InUse | Verdict::Keep, None) | (Verdict::Stale, Some(_)) => {
                 return Err(stale(id, claim.generation, record.generation));
             }
         }
         self.cut_off(volume, id)?;
         self.check_closed(id)?;
-        let holder =
-            Holder { server_id: claim.server_id.clone(), access, read_only: claim.read_only };
+        let holder = Holder {
+            server_id: claim.server_id.clone(),
+            access,
+            read_only: claim.read_only,
+            host: host.map(str::to_owned),
+        };
         let size_bytes = record.size_bytes;
         self.write(
             volume,
             Record { generation: claim.generation, holder: Some(holder), ..record },
         )?;
         Ok(size_bytes)
+    }
+
+    /// With the gate held: an export is for one host. Where none is noted yet this one is, durably.
+    fn bind(
+        &self,
+        volume: &Volume,
+        record: &Record,
+        holder: &Holder,
+        host: &str,
+    ) -> Result<(), Error> {
+        match &holder.host {
+            Some(bound) if bound == host => Ok(()),
+            Some(bound) => Err(Error::in_use(format!(
+                "volume {} is exported to {bound} at generation {}, not to {host}",
+                record.id, record.generation
+            ))),
+            None => {
+                let holder = Holder { host: Some(host.to_owned()), ..holder.clone() };
+                self.write(volume, Record { holder: Some(holder), ..record.clone() })
+            }
+        }
     }
 
     /// Ends an attachment, unless a newer one has taken its place.
@@ -325,12 +419,16 @@ impl Volumes {
     }
 
     /// Opens a volume for a connection from another host. An earlier connection of the same
-    /// attachment is cut off: its peer may have lost it without our knowing.
-    pub(crate) fn connect(&self, name: &ExportName) -> Result<OpenExport, Error> {
+    /// attachment is cut off first, with all it had in flight: its peer may have lost it without
+    /// our knowing, and asks again what was not answered.
+    pub(crate) fn connect(&self, name: &ExportName, host: &str) -> Result<OpenExport, Error> {
         let volume = self.get(&name.volume_id)?;
         let _gate = lock(&volume.gate);
         let record = volume.record(&name.volume_id)?;
         let read_only = admit(&record, name)?;
+        if let Some(holder) = &record.holder {
+            self.bind(&volume, &record, holder, host)?;
+        }
         self.cut_off(&volume, &name.volume_id)?;
         let file = self.open_data(&name.volume_id, read_only)?;
         let (stop, stopped) = watch::channel(());
@@ -512,6 +610,7 @@ mod tests {
             server_id: server_id.to_owned(),
             access,
             read_only: false,
+            host: None,
         });
         Record { version: VERSION, id: "v".to_owned(), size_bytes: 512, generation, holder }
     }

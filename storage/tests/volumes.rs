@@ -221,3 +221,76 @@ fn a_deletion_decided_at_a_newer_generation_wins_over_a_holder() {
     assert!(guest.is_closed());
     assert_eq!(home.entries("volumes"), 0);
 }
+
+#[test]
+fn an_export_is_for_one_host_named_or_first_and_that_outlives_a_restart() {
+    let authority = Authority::new();
+    let [mut home, first, second] = [1, 2, 3].map(|id| Host::start(&authority, id));
+    home.client().create_volume("v", SIZE).unwrap();
+    let one = attachment("v", "a", 1);
+    let connect_from = |host: &Host, home: &Host, attachment: &Attachment| {
+        host.client().connect_volume(attachment.clone(), SIZE, home.peer())
+    };
+    home.client().export_volume_to(one.clone(), &second.peer().server_name).unwrap();
+    assert_eq!(kind(connect_from(&first, &home, &one)), ErrorKind::InUse);
+    home.restart();
+    assert_eq!(kind(connect_from(&first, &home, &one)), ErrorKind::InUse);
+    connect_from(&second, &home, &one).unwrap();
+    let moved = home.client().export_volume_to(one.clone(), &first.peer().server_name);
+    assert_eq!(kind(moved), ErrorKind::InUse);
+    // A grant that names nobody is for the first that comes; only a newer generation moves it.
+    let two = attachment("v", "a", 2);
+    home.client().export_volume(two.clone()).unwrap();
+    connect_from(&first, &home, &two).unwrap();
+    home.restart();
+    home.client().export_volume(two.clone()).unwrap();
+    assert_eq!(kind(connect_from(&second, &home, &two)), ErrorKind::InUse);
+    home.client().export_volume(attachment("v", "a", 3)).unwrap();
+    connect_from(&second, &home, &attachment("v", "a", 3)).unwrap();
+}
+
+#[test]
+fn what_was_answered_before_the_homes_restart_is_covered_by_a_flush_after_it() {
+    let authority = Authority::new();
+    let (mut home, remote) = (Host::start(&authority, 1), Host::start(&authority, 2));
+    home.client().create_volume("v", SIZE).unwrap();
+    let one = attachment("v", "a", 1);
+    let mut guest = connect(&home, &remote, &one);
+    guest.write(4096, b"answered, not flushed");
+    home.restart();
+    assert!(guest.is_closed());
+    // The grant is on disk: nobody has to export again before the guest's host reconnects.
+    let disk = remote.client().connect_volume(one, SIZE, home.peer()).unwrap();
+    let mut guest = Nbd::new(disk.descriptor);
+    guest.flush();
+    assert_eq!(guest.read(4096, 21), b"answered, not flushed");
+}
+
+#[test]
+fn a_damaged_volume_is_named_and_hides_no_other() {
+    let mut host = Host::start(&Authority::new(), 1);
+    for id in ["torn", "short", "well"] {
+        host.client().create_volume(id, SIZE).unwrap();
+    }
+    let place = host.directory().join("volumes");
+    let record = std::fs::read(place.join("torn/volume.json")).unwrap();
+    std::fs::write(place.join("torn/volume.json"), &record[..record.len() / 2]).unwrap();
+    let data = File::options().write(true).open(place.join("short/data")).unwrap();
+    data.set_len(SIZE / 2).unwrap();
+    host.restart();
+    let mut client = host.client();
+    let status = client.status().unwrap();
+    let damaged: Vec<_> = status.volumes_damaged.iter().map(|volume| volume.id.as_str()).collect();
+    assert_eq!(damaged, ["short", "torn"]);
+    assert_eq!(status.volumes.len(), 1);
+    client.attach_volume(attachment("well", "a", 1)).unwrap();
+    let refused = client.attach_volume(attachment("torn", "a", 1)).unwrap_err();
+    assert!(refused.kind == ErrorKind::Io && refused.message.contains("torn"), "{refused}");
+    // Making it again would lose what a repair could save; deleting it is the operator's word.
+    assert_eq!(kind(client.create_volume("torn", SIZE)), ErrorKind::Io);
+    assert_eq!(std::fs::read(place.join("torn/volume.json")).unwrap().len(), record.len() / 2);
+    client.delete_volume("torn", None).unwrap();
+    client.create_volume("torn", SIZE).unwrap();
+    client.delete_volume("short", None).unwrap();
+    assert_eq!((host.entries("volumes"), host.entries("staging")), (2, 0));
+}

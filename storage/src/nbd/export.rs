@@ -42,14 +42,18 @@ impl Exports {
         Ok(ExportInfo::new(size_bytes, read_only))
     }
 
-    /// Opens `name`; for a volume with the guard that its gate waits for.
-    pub(crate) fn open(&self, name: &str) -> Result<(Export, Option<SessionGuard>), Error> {
+    /// Opens `name` for `host`; for a volume with the guard that its gate waits for.
+    pub(crate) fn open(
+        &self,
+        name: &str,
+        host: &str,
+    ) -> Result<(Export, Option<SessionGuard>), Error> {
         if let Some(sha512) = name.strip_prefix("image/") {
             let (file, image) = self.images.read(sha512)?;
             return Ok((Export { file, size_bytes: image.size_bytes, read_only: true }, None));
         }
         let name = ExportName::parse(name).ok_or_else(|| unknown(name))?;
-        let open = self.volumes.connect(&name)?;
+        let open = self.volumes.connect(&name, host)?;
         let export =
             Export { file: open.file, size_bytes: open.size_bytes, read_only: open.read_only };
         Ok((export, Some(open.guard)))

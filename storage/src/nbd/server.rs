@@ -212,7 +212,8 @@ async fn describe(
 
 async fn open(exports: &Exports, host: &str, name: String) -> Result<Opened, Error> {
     let exports = exports.clone();
-    let (result, name) = blocking(move || (exports.open(&name), name)).await?;
+    let asking = host.to_owned();
+    let (result, name) = blocking(move || (exports.open(&name, &asking), name)).await?;
     match &result {
         Ok(_) => tracing::info!(host, export = name, "opened for another host"),
         Err(error) => tracing::warn!(host, export = name, %error, "refused to another host"),
