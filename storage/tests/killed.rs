@@ -34,13 +34,31 @@ fn storage_process() {
     storage::run(config).unwrap();
 }
 
-fn start(place: &Path) -> (Child, Client) {
-    let child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "storage_process"])
-        .env(PLACE, place)
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+/// The process; it does not outlive the test.
+struct Process(Child);
+
+impl Process {
+    fn pid(&self) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(&self.0)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start(place: &Path) -> (Process, Client) {
+    let child = Process(
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "storage_process"])
+            .env(PLACE, place)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
     let begun = Instant::now();
     loop {
         if let Ok(mut client) = Client::connect(&place.join("control"))
@@ -137,14 +155,14 @@ fn a_killed_process_kept_what_it_said_and_nothing_half_made() {
     }
     let mut said = Said::default();
     for round in 0..ROUNDS {
-        let (mut child, mut client) = start(place.path());
+        let (process, mut client) = start(place.path());
         check(&mut client, &said, place.path());
         // Whatever became of the last request, its volume is deleted now.
         if let Some(id) = said.open.take() {
             client.delete_volume(&id, Some(u64::MAX)).unwrap();
             said.volumes.remove(&id);
         }
-        let pid = rustix::process::Pid::from_child(&child);
+        let pid = process.pid();
         let pause = Duration::from_micros(3_000 + round * 7_919 % 60_000);
         std::thread::scope(|scope| {
             scope.spawn(move || {
@@ -153,11 +171,8 @@ fn a_killed_process_kept_what_it_said_and_nothing_half_made() {
             });
             work(&mut client, &mut said, round);
         });
-        child.wait().unwrap();
     }
-    let (mut child, mut client) = start(place.path());
+    let (_process, mut client) = start(place.path());
     check(&mut client, &said, place.path());
     assert!(!said.volumes.is_empty(), "every process was killed before it did anything");
-    child.kill().unwrap();
-    child.wait().unwrap();
 }
