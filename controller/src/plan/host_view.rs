@@ -162,13 +162,7 @@ fn network_view(state: &State, host: HostId, network: &Network) -> Option<Networ
         id: network.id.clone(),
         vni: network.vni?,
         mtu: network.mtu,
-        subnets: state
-            .network
-            .subnets
-            .values()
-            .filter(|subnet| subnet.network_id == network.id)
-            .filter_map(subnet_view)
-            .collect(),
+        subnets: state.subnets_of(&network.id).filter_map(subnet_view).collect(),
         remotes: ports
             .filter_map(|port| state.network.ports.get(port))
             .filter_map(|port| remote_view(state, host, port))

@@ -24,6 +24,7 @@ impl State {
             return Err(format!("there are {} {}, over {}", over.len, over.name, over.max));
         }
         self.check_hosts()?;
+        self.index.check(self)?;
         let beyond = |id: &HostId| id.0 >= self.cluster.next_host_id;
         match self.cluster.hosts.keys().find(|id| beyond(id)) {
             Some(id) => Err(format!("host {id} has an id that wasn't given out")),

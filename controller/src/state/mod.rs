@@ -12,6 +12,7 @@ pub mod network;
 pub mod volume;
 
 mod command;
+mod index;
 mod invariants;
 mod level;
 pub mod limits;
@@ -25,6 +26,8 @@ mod fencing_tests;
 pub(crate) mod fixture;
 #[cfg(test)]
 mod golden;
+#[cfg(test)]
+mod growth_tests;
 #[cfg(test)]
 mod tests;
 
@@ -59,6 +62,9 @@ pub struct State {
     pub quota: Quotas,
     /// What the last commands came to.
     pub outcomes: Outcomes,
+    /// Look-ups; follows from the rest.
+    #[serde(skip)]
+    pub(crate) index: index::Index,
 }
 
 impl State {
@@ -126,11 +132,12 @@ impl State {
     /// # Errors
     /// When the bytes are of a later version or feature level, or damaged.
     pub fn restore(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let state: Self = command::decode(bytes)?;
-        match state.cluster.feature_level {
-            level if level > FEATURE_LEVEL => Err(DecodeError::FeatureLevel(level)),
-            _ => Ok(state),
+        let mut state: Self = command::decode(bytes)?;
+        if state.cluster.feature_level > FEATURE_LEVEL {
+            return Err(DecodeError::FeatureLevel(state.cluster.feature_level));
         }
+        state.index = index::Index::of(&state);
+        Ok(state)
     }
 
     /// A digest of everything: equal on every node that has applied the same commands.

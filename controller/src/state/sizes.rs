@@ -48,6 +48,7 @@ impl State {
             network,
             quota: Quotas { limits, usage },
             outcomes,
+            index: _,
         } = self;
         let mut sizes = cluster_sizes(cluster);
         sizes.extend(identity_sizes(identity));

@@ -158,6 +158,9 @@ impl State {
                 auth_generation: 1,
             },
         );
+        let made = "it was inserted above";
+        self.index.add_project(self.identity.projects.get(&project_id).expect(made));
+        self.index.add_user(self.identity.users.get(&user_id).expect(made));
         let role_id = RoleId(mint("role/admin"));
         for target in
             [Target::Project(project_id.clone()), Target::Domain(domain_id), Target::System]

@@ -300,6 +300,7 @@ impl State {
         self.quota.charge(&new.project_id, QuotaResource::Cores, flavor.vcpus.into());
         self.quota.charge(&new.project_id, QuotaResource::Ram, flavor.ram_mib);
         let server = self.new_server(new, flavor, public_key, fault, ports, host);
+        self.index.add_server(&server.id, server.image_id.as_ref());
         self.compute.servers.insert(server.id.clone(), Arc::new(server));
         Ok(Outcome::Server(new.id.clone()))
     }
@@ -369,11 +370,10 @@ impl State {
 
     /// True while a server that may still need the image's bytes is being made from it.
     pub(in crate::state) fn image_is_being_used(&self, id: &ImageId) -> bool {
-        self.compute.servers.values().any(|server| {
-            server.vm_state == VmState::Building
-                && server.desired == Desired::Active
-                && server.image_id.as_ref() == Some(id)
-        })
+        let made_from = self.index.servers_by_image.get(id).into_iter().flatten();
+        made_from
+            .filter_map(|id| self.compute.servers.get(id))
+            .any(|server| server.vm_state == VmState::Building && server.desired == Desired::Active)
     }
 
     fn check_server_quota(&self, new: &NewServer, flavor: &Flavor) -> Result<(), Rejection> {
@@ -712,6 +712,7 @@ impl State {
 
     pub(in crate::state) fn remove_server(&mut self, id: &ServerId) {
         let Some(server) = self.compute.servers.remove(id) else { return };
+        self.index.remove_server(id, server.image_id.as_ref());
         self.free_volumes_of(id);
         for port in &server.ports {
             if port.owned {

@@ -31,7 +31,9 @@ impl State {
                     self.check_project_name(&domain_id, name, Some(id))?;
                 }
                 let project = self.identity.projects.get_mut(id).expect("it was found above");
+                self.index.remove_project(project);
                 set(&mut project.name, name);
+                self.index.add_project(project);
                 set(&mut project.description, description);
                 set(&mut project.tags, tags);
                 project.auth_generation += u64::from(project.enabled && *enabled == Some(false));
@@ -175,6 +177,7 @@ impl State {
             auth_generation: 1,
             tags: new.tags.clone(),
         };
+        self.index.add_project(&project);
         self.identity.projects.insert(project.id.clone(), project.clone());
         self.ensure_default_group(&project.id);
         Ok(Outcome::Project(Box::new(project)))
@@ -186,10 +189,11 @@ impl State {
         name: &str,
         except: Option<&ProjectId>,
     ) -> Result<(), Rejection> {
-        let same = |known: &Project| {
-            known.name == name && known.domain_id == *domain && Some(&known.id) != except
-        };
-        if self.identity.projects.values().any(same) { Err(taken("project", name)) } else { Ok(()) }
+        let known = self.index.projects.get(&(domain.clone(), name.to_owned()));
+        match known.filter(|known| Some(*known) != except) {
+            Some(_) => Err(taken("project", name)),
+            None => Ok(()),
+        }
     }
 
     fn delete_project(&mut self, id: &ProjectId) -> Result<Outcome, Rejection> {
@@ -205,7 +209,9 @@ impl State {
     /// Removes a project. Its servers, volumes and networks stay, as in OpenStack, and an
     /// administrator removes them.
     fn remove_project(&mut self, id: &ProjectId) {
-        self.identity.projects.remove(id);
+        if let Some(project) = self.identity.projects.remove(id) {
+            self.index.remove_project(&project);
+        }
         self.drop_assignments(|assignment| assignment.target == Target::Project(id.clone()));
         self.quota.forget_limits(id);
         self.drop_unused_default_group(id);
@@ -230,6 +236,7 @@ impl State {
             description: new.description.clone(),
             auth_generation: 1,
         };
+        self.index.add_user(&user);
         self.identity.users.insert(user.id.clone(), user.clone());
         Ok(Outcome::User(Box::new(user)))
     }
@@ -240,10 +247,11 @@ impl State {
         name: &str,
         except: Option<&UserId>,
     ) -> Result<(), Rejection> {
-        let same = |known: &User| {
-            known.name == name && known.domain_id == *domain && Some(&known.id) != except
-        };
-        if self.identity.users.values().any(same) { Err(taken("user", name)) } else { Ok(()) }
+        let known = self.index.users.get(&(domain.clone(), name.to_owned()));
+        match known.filter(|known| Some(*known) != except) {
+            Some(_) => Err(taken("user", name)),
+            None => Ok(()),
+        }
     }
 
     fn update_user(&mut self, update: &UserUpdate) -> Result<Outcome, Rejection> {
@@ -254,7 +262,9 @@ impl State {
         }
         let now = self.time_ms;
         let user = self.identity.users.get_mut(&id).expect("it was found above");
+        self.index.remove_user(user);
         set(&mut user.name, &update.name);
+        self.index.add_user(user);
         set(&mut user.default_project_id, &update.default_project_id);
         set(&mut user.email, &update.email);
         set(&mut user.description, &update.description);
@@ -269,8 +279,20 @@ impl State {
     }
 
     fn remove_user(&mut self, id: &UserId) {
-        self.identity.users.remove(id);
-        self.drop_assignments(|assignment| assignment.actor == Actor::User(id.clone()));
+        if let Some(user) = self.identity.users.remove(id) {
+            self.index.remove_user(&user);
+        }
+        let first = Assignment {
+            actor: Actor::User(id.clone()),
+            target: Target::Project(ProjectId(String::new())),
+            role_id: RoleId(String::new()),
+        };
+        let of_user = self.identity.assignments.range(first.clone()..);
+        let of_user: Vec<Assignment> =
+            of_user.take_while(|known| known.actor == first.actor).cloned().collect();
+        for assignment in of_user {
+            self.identity.assignments.remove(&assignment);
+        }
         self.drop_keypairs(id);
     }
 

@@ -19,7 +19,7 @@ impl From<IpAddr> for FixedIpRequest {
 }
 
 /// The address after this one.
-pub(super) fn next(address: IpAddr) -> Option<IpAddr> {
+pub(in crate::state) fn next(address: IpAddr) -> Option<IpAddr> {
     match address {
         IpAddr::V4(v4) => Some(IpAddr::V4(Ipv4Addr::from(u32::from(v4).checked_add(1)?))),
         IpAddr::V6(v6) => Some(IpAddr::V6(Ipv6Addr::from(u128::from(v6).checked_add(1)?))),
@@ -106,8 +106,8 @@ impl State {
 
     /// The subnets of a network, in the order of their ids.
     pub fn subnets_of<'a>(&'a self, network: &NetworkId) -> impl Iterator<Item = &'a Subnet> {
-        let network = network.clone();
-        self.network.subnets.values().filter(move |subnet| subnet.network_id == network)
+        let ids = self.index.subnets.get(network).into_iter().flatten();
+        ids.filter_map(|id| self.network.subnets.get(id))
     }
 
     /// The addresses that a port gets; nothing is taken yet. Addresses in `own` are the
@@ -207,7 +207,44 @@ impl State {
     }
 
     /// The lowest address of a subnet's pools that is free and not among those just picked.
-    pub(super) fn lowest_free(&self, subnet: &Subnet, picked: &[FixedIp]) -> Option<FixedIp> {
+    pub(in crate::state) fn lowest_free(
+        &self,
+        subnet: &Subnet,
+        picked: &[FixedIp],
+    ) -> Option<FixedIp> {
+        let Some(pools) = self.index.free_in(&subnet.id) else {
+            return self.lowest_free_by_walking(subnet, picked);
+        };
+        let taken = self.network.addresses.get(&subnet.id);
+        let free = |address: &IpAddr| {
+            subnet.gateway_ip != Some(*address)
+                && !taken.is_some_and(|taken| taken.contains_key(address))
+                && !picked.iter().any(|p| p.subnet_id == subnet.id && p.ip_address == *address)
+        };
+        let ip_address = pools.iter().find_map(|pool| pool.first(free))?;
+        Some(FixedIp { subnet_id: subnet.id.clone(), ip_address })
+    }
+
+    /// An address belongs to something now.
+    pub(super) fn take_address(
+        &mut self,
+        subnet: &SubnetId,
+        address: IpAddr,
+        owner: super::AddressOwner,
+    ) {
+        let taken = self.network.addresses.entry(subnet.clone()).or_default();
+        taken.insert(address, owner);
+        if let Some(subnet) = self.network.subnets.get(subnet) {
+            self.index.take_address(subnet, address, &|address| taken.contains_key(&address));
+        }
+    }
+
+    /// The same without the index.
+    pub(in crate::state) fn lowest_free_by_walking(
+        &self,
+        subnet: &Subnet,
+        picked: &[FixedIp],
+    ) -> Option<FixedIp> {
         let taken = self.network.addresses.get(&subnet.id);
         let free = subnet.allocation_pools.iter().find_map(|pool| {
             let mut candidate = Some(pool.start);

@@ -79,7 +79,7 @@ impl State {
         }
         let mtu = check_mtu(&new.id, new.mtu.unwrap_or(TENANT_MTU))?;
         self.quota.check(&new.project_id, QuotaResource::Networks, 1)?;
-        let vni = self.lowest_vni().ok_or_else(|| {
+        let vni = self.index.lowest_vni().ok_or_else(|| {
             let message = "Every VXLAN network identifier is in use.";
             Rejection::new(RejectionKind::TooMany, "network", &new.id, message)
         })?;
@@ -101,19 +101,9 @@ impl State {
         };
         self.quota.charge(&network.project_id, QuotaResource::Networks, 1);
         self.network.vnis.insert(vni, network.id.clone());
+        self.index.take_vni(vni);
         self.network.networks.insert(network.id.clone(), network.clone());
         Ok(Outcome::Network(Box::new(network)))
-    }
-
-    fn lowest_vni(&self) -> Option<u32> {
-        let mut candidate = VNI_FIRST;
-        for &used in self.network.vnis.keys() {
-            if used != candidate {
-                break;
-            }
-            candidate += 1;
-        }
-        (candidate <= VNI_LAST).then_some(candidate)
     }
 
     fn update_network(&mut self, command: &NetworkCommand) -> Result<Outcome, Rejection> {
@@ -178,6 +168,7 @@ impl State {
         self.network.networks.remove(id);
         if let Some(vni) = network.vni {
             self.network.vnis.remove(&vni);
+            self.index.free_vni(vni);
         }
         self.quota.release(&network.project_id, QuotaResource::Networks, 1);
         DONE
@@ -193,6 +184,7 @@ impl State {
         self.quota.check(&new.project_id, QuotaResource::Subnets, 1)?;
         let subnet = self.checked_subnet(new)?;
         self.quota.charge(&subnet.project_id, QuotaResource::Subnets, 1);
+        self.index.add_subnet(&subnet);
         self.network.subnets.insert(subnet.id.clone(), subnet.clone());
         Ok(Outcome::Subnet(Box::new(subnet)))
     }
@@ -267,6 +259,7 @@ impl State {
             let message = format!("Gateway IP {gateway} is in use by a port of the subnet.");
             return Err(Rejection::in_use("subnet", &subnet.id, message));
         }
+        self.index.forget_addresses(&subnet.id);
         self.network.subnets.insert(subnet.id.clone(), subnet.clone());
         Ok(Outcome::Subnet(Box::new(subnet)))
     }
@@ -290,6 +283,7 @@ impl State {
 
     fn remove_subnet(&mut self, id: &SubnetId) {
         if let Some(subnet) = self.network.subnets.remove(id) {
+            self.index.remove_subnet(&subnet);
             self.quota.release(&subnet.project_id, QuotaResource::Subnets, 1);
         }
     }
@@ -348,6 +342,7 @@ impl State {
         self.quota.charge(&project_id, QuotaResource::Networks, 1);
         self.quota.charge(&project_id, QuotaResource::Subnets, 1);
         self.network.networks.insert(network_id, network);
+        self.index.add_subnet(&subnet);
         self.network.subnets.insert(subnet_id, subnet);
     }
 }

@@ -66,8 +66,9 @@ impl State {
             updated_ms: self.time_ms,
         };
         self.quota.charge(&floating.project_id, QuotaResource::FloatingIps, 1);
-        let taken = self.network.addresses.entry(address.subnet_id).or_default();
-        taken.insert(address.ip_address, AddressOwner::FloatingIp(floating.id.clone()));
+        let owner = AddressOwner::FloatingIp(floating.id.clone());
+        self.take_address(&address.subnet_id, address.ip_address, owner);
+        self.index.add_floating(&floating);
         self.network.floating_ips.insert(floating.id.clone(), floating.clone());
         Ok(Outcome::FloatingIp(Box::new(floating)))
     }
@@ -82,7 +83,9 @@ impl State {
     ) -> Result<IpAddr, Rejection> {
         let port = self.port_of(project, port)?;
         let address = address_of(port, wanted)?;
-        let taken = self.network.floating_ips.values().find(|known| {
+        let ids = self.index.floating_by_port.get(&port.id).into_iter().flatten();
+        let mut others = ids.filter_map(|id| self.network.floating_ips.get(id));
+        let taken = others.find(|known| {
             known.id != *id
                 && known.port_id.as_ref() == Some(&port.id)
                 && known.fixed_ip_address == Some(address)
@@ -137,12 +140,16 @@ impl State {
         set(&mut floating.tags, tags);
         floating.revision_number += 1;
         floating.updated_ms = now;
-        Ok(Outcome::FloatingIp(Box::new(floating.clone())))
+        let floating = floating.clone();
+        self.index.remove_floating(&known);
+        self.index.add_floating(&floating);
+        Ok(Outcome::FloatingIp(Box::new(floating)))
     }
 
     pub(super) fn delete_floating_ip(&mut self, id: &FloatingIpId) -> Result<Outcome, Rejection> {
         let floating = self.floating_mut(id)?.clone();
         self.network.floating_ips.remove(id);
+        self.index.remove_floating(&floating);
         self.free_address(&floating.subnet_id, floating.floating_ip_address);
         self.quota.release(&floating.project_id, QuotaResource::FloatingIps, 1);
         DONE
@@ -150,6 +157,7 @@ impl State {
 
     /// Gives an address back to its subnet.
     pub(super) fn free_address(&mut self, subnet: &SubnetId, address: IpAddr) {
+        self.index.free_address(subnet, address);
         if let Some(taken) = self.network.addresses.get_mut(subnet) {
             taken.remove(&address);
             if taken.is_empty() {
@@ -198,6 +206,8 @@ impl State {
         let floating = self.floating_mut(&new.floating_ip_id)?;
         floating.port_forwardings.insert(forwarding.id.clone(), forwarding.clone());
         floating.revision_number += 1;
+        let floating = floating.clone();
+        self.index.add_floating(&floating);
         Ok(Outcome::PortForwarding(Box::new(forwarding)))
     }
 
@@ -206,11 +216,15 @@ impl State {
         floating: &FloatingIpId,
         id: &PortForwardingId,
     ) -> Result<Outcome, Rejection> {
+        let known = self.floating_mut(floating)?.clone();
         let floating = self.floating_mut(floating)?;
         if floating.port_forwardings.remove(id).is_none() {
             return Err(Rejection::not_found("port forwarding", id));
         }
         floating.revision_number += 1;
+        let floating = floating.clone();
+        self.index.remove_floating(&known);
+        self.index.add_floating(&floating);
         DONE
     }
 
@@ -227,10 +241,9 @@ impl State {
 
     fn free_floating_ips(&mut self, port: &PortId, keeps: impl Fn(IpAddr) -> bool) {
         let dangles = |id: &PortId, address: IpAddr| id == port && !keeps(address);
-        let touched: Vec<FloatingIpId> = self
-            .network
-            .floating_ips
-            .values()
+        let ids = self.index.floating_by_port.get(port).into_iter().flatten();
+        let touched: Vec<FloatingIpId> = ids
+            .filter_map(|id| self.network.floating_ips.get(id))
             .filter(|floating| {
                 let whole = floating.port_id.as_ref().zip(floating.fixed_ip_address);
                 whole.is_some_and(|(id, address)| dangles(id, address))
@@ -243,6 +256,7 @@ impl State {
             .collect();
         for id in touched {
             let Some(floating) = self.network.floating_ips.get_mut(&id) else { continue };
+            self.index.remove_floating(floating);
             let whole = floating.port_id.as_ref().zip(floating.fixed_ip_address);
             if whole.is_some_and(|(id, address)| dangles(id, address)) {
                 floating.port_id = None;
@@ -255,6 +269,7 @@ impl State {
                 .map(|(id, forwarding)| (id.clone(), forwarding.clone()))
                 .collect();
             floating.revision_number += 1;
+            self.index.add_floating(floating);
         }
     }
 }

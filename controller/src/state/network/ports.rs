@@ -90,8 +90,8 @@ impl State {
         let macs = self.network.macs.entry(port.network_id.clone()).or_default();
         macs.insert(port.mac_address.clone(), port.id.clone());
         for fixed in &port.fixed_ips {
-            let taken = self.network.addresses.entry(fixed.subnet_id.clone()).or_default();
-            taken.insert(fixed.ip_address, AddressOwner::Port(port.id.clone()));
+            let owner = AddressOwner::Port(port.id.clone());
+            self.take_address(&fixed.subnet_id, fixed.ip_address, owner);
         }
         for group in &port.security_groups {
             let ports = self.network.group_ports.entry(group.clone()).or_default();
