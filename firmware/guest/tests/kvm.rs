@@ -249,6 +249,47 @@ fn a_volume_comes_and_goes_while_the_guest_runs() {
     assert_eq!(control(&socket, r#"{"remove_disk": {"id": "two"}}"#, None), r#""done""#);
 }
 
+/// A lease page as `abi::lease` describes it, written by hand: a changed layout fails here.
+fn lease_page(until_ns: u64) -> Vec<u8> {
+    let mut page = vec![0; 4096];
+    page[..8].copy_from_slice(b"TRINELSE");
+    page[8] = 1;
+    page[16..24].copy_from_slice(&until_ns.to_le_bytes());
+    page[24..32].copy_from_slice(&(!until_ns).to_le_bytes());
+    page
+}
+
+#[test]
+fn a_write_waits_for_the_hosts_lease_and_then_is_done() {
+    let Some(vmm) = vmm("a_write_waits_for_the_hosts_lease_and_then_is_done") else { return };
+    let directory = Directory::new("lease");
+    let steps = "#trine-steps\ndisk-wait vol\nprint reading\ndisk-verify vol pattern=old bytes=512\n\
+        disk-write vol pattern=new bytes=512\npoweroff\n";
+    let drive = directory.file("drive", &config_drive(steps));
+    let old: Vec<u8> = b"old".iter().copied().cycle().take(1 << 20).collect();
+    let volume = directory.file("volume", &old);
+    let page = directory.file("lease", &lease_page(0));
+    let socket = directory.0.join("control");
+    let more = format!(
+        r#", "disks": [{}, {}], "control": {{"path": "{}"}}, "lease": {{"path": "{}"}}"#,
+        disk("drive", &drive, true),
+        disk("vol", &volume, false),
+        socket.display(),
+        page.display()
+    );
+    let mut guest = Guest::start(&vmm, &directory, "", &more);
+    // Reading needs no lease.
+    guest.wait_for("trine: step 3 disk-verify ok");
+    assert!(control(&socket, r#""status""#, None).contains(r#""writes":"waiting""#));
+    assert!(fs::read(&volume).unwrap() == old, "the volume changed without a lease");
+    let file = File::options().write(true).open(&page).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &lease_page(u64::MAX >> 1), 0).unwrap();
+    let (lines, code) = guest.finish();
+    assert_eq!(code, Some(0), "{lines:#?}");
+    assert!(lines[0].starts_with("trine: step 4 disk-write ok 512 bytes"), "{lines:#?}");
+    assert_eq!(&fs::read(&volume).unwrap()[..6], b"newnew");
+}
+
 #[test]
 fn a_wrong_step_fails_the_list_before_anything_runs() {
     let Some(vmm) = vmm("a_wrong_step_fails_the_list_before_anything_runs") else { return };
