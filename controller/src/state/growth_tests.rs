@@ -8,7 +8,7 @@ use super::{Command, QuotaCommand, QuotaResource, State};
 use crate::ids::HostId;
 
 /// Objects of each kind; a walk over all of them would make the last ones many times dearer.
-const OBJECTS: usize = 25_000;
+const OBJECTS: usize = 6_000;
 /// The first and the last tenth are compared.
 const CHUNKS: usize = 10;
 

@@ -550,7 +550,9 @@ fn random_command(random: &mut Random) -> Command {
     let volume = random.name("v");
     let port = random.name("p");
     let generation = random.below(4);
-    match random.below(24) {
+    let host = HostId(1 + random.below(3));
+    let cluster = |command| Command::Cluster(command);
+    match random.below(34) {
         0..=3 => create_server(&server),
         4 => Command::Compute(ComputeCommand::DeleteServer(server.into())),
         5 => Command::Compute(ComputeCommand::ServerGone { id: server.into(), generation }),
@@ -580,25 +582,55 @@ fn random_command(random: &mut Random) -> Command {
         20 => Command::Volume(VolumeCommand::Detached { volume_id: volume.into(), generation }),
         21 => Command::Network(create_port(&port)),
         22 => Command::Network(NetworkCommand::DeletePort(port.into())),
+        24 => cluster(ClusterCommand::FenceHost { id: host, epoch: 1 + random.below(4) }),
+        25..=27 => cluster(ClusterCommand::HostReturned { id: host, epoch: 1 + random.below(4) }),
+        28..=31 => Command::Compute(ComputeCommand::EvacuateServer {
+            id: server.into(),
+            requested_host: None,
+            stop: random.below(4) == 0,
+            placement: None,
+        }),
+        32 => cluster(ClusterCommand::SetHostService {
+            id: host,
+            disabled: None,
+            disabled_reason: None,
+            forced_down: Some(random.below(3) == 0),
+            evacuate: None,
+        }),
+        33 if random.below(20) == 0 => {
+            cluster(ClusterCommand::RemoveHost { id: host, force: true })
+        }
         _ => Command::Network(NetworkCommand::DeleteNetwork("net".into())),
     }
 }
 
 #[test]
 fn random_commands_keep_the_invariants_and_two_replicas_agree() {
+    let mut evacuated = 0;
     for seed in 1..=8u64 {
         let (mut one, mut two) = (Sample::new(), Sample::new());
+        for (sample, host) in [(&mut one, 2), (&mut two, 2)] {
+            let held = ImageCommand::HeldBy { id: "image".into(), host: HostId(host) };
+            sample.must(Command::Image(held));
+        }
         let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let mut accepted = 0;
         for _ in 0..400 {
             let command = random_command(&mut random);
             let outcome = one.apply(command.clone());
+            evacuated += u32::from(is_evacuation(&command) && outcome.is_ok());
             accepted += u32::from(outcome.is_ok());
             assert_eq!(outcome, two.apply(command), "seed {seed}");
         }
         assert!(one.state.snapshot() == two.state.snapshot(), "seed {seed}");
+        assert_eq!(one.state.state_hash(), two.state.state_hash(), "seed {seed}");
         assert!(accepted > 50, "seed {seed}: only {accepted} commands were accepted");
     }
+    assert!(evacuated > 0, "the seeds evacuate nothing");
+}
+
+fn is_evacuation(command: &Command) -> bool {
+    matches!(command, Command::Compute(ComputeCommand::EvacuateServer { .. }))
 }
 
 #[test]
