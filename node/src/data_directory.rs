@@ -7,6 +7,9 @@ use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// What a recovery has prepared and not yet put in place.
+pub(crate) const RECOVERY: &str = "recovery";
+
 /// Paths of a data directory.
 #[derive(Clone, Debug)]
 pub(crate) struct DataDirectory {
@@ -27,6 +30,9 @@ pub(crate) struct Contents<'a> {
     pub(crate) cluster_key: [u8; 32],
     /// Further files: name, content, who may read them.
     pub(crate) more: Vec<(&'static str, String, Access)>,
+    /// What else must be in it before it is there: the log of a restored state, by the path of the
+    /// `raft` directory.
+    pub(crate) log: Option<&'a dyn Fn(&Path) -> Result<()>>,
 }
 
 /// Keys and certificates of a node, read at its start.
@@ -105,6 +111,9 @@ impl DataDirectory {
         for directory in ["raft", "storage", "guests", "log", "run", "bin"] {
             fs::create_dir(self.root.join(directory))?;
         }
+        if let Some(log) = contents.log {
+            log(&self.root.join("raft"))?;
+        }
         fs::File::open(&self.root)?.sync_all()?;
         Ok(())
     }
@@ -115,15 +124,7 @@ impl DataDirectory {
             let path = self.root.join(name);
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
         };
-        let mut cluster_key = [0; 32];
-        hex::decode_to_slice(read("cluster.key")?.trim(), &mut cluster_key).ok().with_context(
-            || {
-                format!(
-                    "{} does not hold 64 hexadecimal digits",
-                    self.join("cluster.key").display()
-                )
-            },
-        )?;
+        let cluster_key = read_cluster_key(&self.join("cluster.key"))?;
         Ok(Secrets {
             authority: Authority::from_pem(cluster_id, read("ca.pem")?, read("ca-key.pem")?),
             key_pem: read("node-key.pem")?,
@@ -153,6 +154,17 @@ impl DataDirectory {
     }
 }
 
+/// The key in a file of that kind.
+pub(crate) fn read_cluster_key(path: &Path) -> Result<[u8; 32]> {
+    let text =
+        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut key = [0; 32];
+    hex::decode_to_slice(text.trim(), &mut key)
+        .ok()
+        .with_context(|| format!("{} does not hold 64 hexadecimal digits", path.display()))?;
+    Ok(key)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -168,6 +180,7 @@ mod tests {
             certificate_pem: "certificate",
             cluster_key: [9; 32],
             more,
+            log: None,
         };
         DataDirectory::create(path, &contents)
     }

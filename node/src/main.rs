@@ -50,6 +50,8 @@ enum Command {
     Join(cli::join::Args),
     /// Prints a one-time token with which another host may join.
     JoinToken(cli::join_token::Args),
+    /// The cluster as a whole: its members, their replacement, backups.
+    Cluster(cli::cluster::Args),
     /// Runs this host's node: API, replicated state, agent.
     Node(cli::node::Args),
     /// Shows how this host's node is.
@@ -82,6 +84,7 @@ fn main() -> ExitCode {
         Command::Init(args) => cli::init::run(args),
         Command::Join(args) => cli::join::run(args),
         Command::JoinToken(args) => cli::join_token::run(args),
+        Command::Cluster(args) => cli::cluster::run(args),
         Command::Node(args) => cli::node::run(args),
         Command::Status(args) => cli::status::run(args),
         Command::Stop(args) => cli::stop::run(args),

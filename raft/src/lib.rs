@@ -20,6 +20,7 @@ mod codec;
 mod config;
 pub mod disk;
 mod healing;
+mod leadership;
 mod log_store;
 mod membership;
 mod node;
@@ -47,6 +48,7 @@ use futures::future::BoxFuture;
 pub use backup::{BackupInfo, read_backup};
 pub use clocks::CLOCK_OFF_MAX;
 pub use config::{Config, Tls};
+pub use leadership::TransferError;
 pub use membership::RemoveVoterError;
 pub use node::{AddVoterError, BootstrapError, Raft, StartError};
 pub use offline::{

@@ -40,6 +40,24 @@ pub(crate) struct Directory {
     _lock: File,
 }
 
+/// Gives a directory that no process uses to another cluster; a second time changes nothing.
+///
+/// # Errors
+/// Where the directory can't be used, or belongs to neither.
+pub fn hand_to_cluster(path: &Path, from: &str, to: &str) -> Result<(), StartError> {
+    match Directory::open(path, to) {
+        Err(StartError::ForeignCluster { found, .. }) if found == from => {
+            let directory = Directory::open(path, from)?;
+            let stamp = directory.path.join("storage.json");
+            let failed = |source| StartError::Directory { path: stamp.clone(), source };
+            let new = Stamp { version: VERSION, cluster_id: to.to_owned() };
+            let bytes = serde_json::to_vec_pretty(&new).map_err(|error| failed(error.into()))?;
+            directory.write(&stamp, &bytes).map_err(failed)
+        }
+        result => result.map(drop),
+    }
+}
+
 impl Directory {
     /// Makes the directory where it is missing, locks it and clears what a crash left.
     pub(crate) fn open(path: &Path, cluster_id: &str) -> Result<Self, StartError> {

@@ -27,6 +27,7 @@ mod volumes;
 
 pub use client::Client;
 pub use control::{Error, ErrorKind};
+pub use directory::hand_to_cluster;
 pub use nbd::tls::TlsError;
 pub use service::{Service, StartError, run};
 

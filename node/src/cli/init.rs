@@ -66,6 +66,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
             ("admin-openrc", sign_in.openrc(), Access::Secret),
             ("credentials.json", sign_in.credentials(), Access::Secret),
         ],
+        log: None,
     };
     DataDirectory::create(&args.data_dir, &contents)?;
     println!(
@@ -79,22 +80,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
 }
 
 fn config(args: &Args) -> Result<NodeConfig> {
-    let host = &args.host;
-    let config = NodeConfig {
-        node_id: 1,
-        cluster_id: uuid::Uuid::new_v4().simple().to_string(),
-        name: host.name(),
-        address: host.address,
-        api_port: host.api_port,
-        raft_port: host.raft_port,
-        storage_port: host.storage_port,
-        vxlan_port: host.vxlan_port,
-        public_url: None,
-        vcpus: 0,
-        ram_mib: 0,
-        reserved_ram_mib: 1024,
-        disk_gib: 0,
-    };
+    let cluster_id = uuid::Uuid::new_v4().simple().to_string();
+    let config = NodeConfig { cluster_id, ..args.host.config() };
     match config.problem() {
         None => Ok(config),
         Some((key, value, rule)) => bail!("{key} is {value}; {rule}"),

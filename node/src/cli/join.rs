@@ -36,7 +36,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
     DataDirectory::check_free(&args.data_dir)?;
     let token: JoinToken = read_token(&args)?.parse()?;
     let key = NodeKey::create()?;
-    let mut config = config(&args, &token);
+    // The cluster says which node; until then any valid id will do.
+    let mut config = NodeConfig { cluster_id: token.cluster_id.clone(), ..args.host.config() };
     if let Some((key, value, rule)) = config.problem() {
         bail!("{key} is {value}; {rule}");
     }
@@ -67,6 +68,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         certificate_pem: &answer.certificate_pem,
         cluster_key,
         more: vec![(PEERS_FILE_NAME, peers, Access::Public)],
+        log: None,
     };
     DataDirectory::create(&args.data_dir, &contents)?;
     let path = std::path::absolute(&args.data_dir)?;
@@ -77,26 +79,6 @@ pub(crate) fn run(args: Args) -> Result<()> {
         path.display()
     );
     Ok(())
-}
-
-fn config(args: &Args, token: &JoinToken) -> NodeConfig {
-    let host = &args.host;
-    NodeConfig {
-        // The cluster says which; until then any valid id will do.
-        node_id: 1,
-        cluster_id: token.cluster_id.clone(),
-        name: host.name(),
-        address: host.address,
-        api_port: host.api_port,
-        raft_port: host.raft_port,
-        storage_port: host.storage_port,
-        vxlan_port: host.vxlan_port,
-        public_url: None,
-        vcpus: 0,
-        ram_mib: 0,
-        reserved_ram_mib: 1024,
-        disk_gib: 0,
-    }
 }
 
 fn read_token(args: &Args) -> Result<String> {

@@ -36,7 +36,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn parse_ttl(text: &str) -> Result<u64> {
+pub(super) fn parse_ttl(text: &str) -> Result<u64> {
     let unit = match text.chars().last() {
         Some('s') => 1,
         Some('m') => 60,

@@ -1,5 +1,6 @@
 //! The subcommands of an operator, one file each.
 
+pub(crate) mod cluster;
 pub(crate) mod init;
 pub(crate) mod join;
 pub(crate) mod join_token;
@@ -11,6 +12,7 @@ pub(crate) mod storage;
 pub(crate) mod switch;
 pub(crate) mod vmm;
 
+use crate::config::NodeConfig;
 use std::net::IpAddr;
 
 /// What `init` and `join` ask about this host.
@@ -37,6 +39,25 @@ pub(crate) struct HostArgs {
 }
 
 impl HostArgs {
+    /// A configuration with what was said, to be given a node and a cluster.
+    pub(crate) fn config(&self) -> NodeConfig {
+        NodeConfig {
+            node_id: 1,
+            cluster_id: String::new(),
+            name: self.name(),
+            address: self.address,
+            api_port: self.api_port,
+            raft_port: self.raft_port,
+            storage_port: self.storage_port,
+            vxlan_port: self.vxlan_port,
+            public_url: None,
+            vcpus: 0,
+            ram_mib: 0,
+            reserved_ram_mib: 1024,
+            disk_gib: 0,
+        }
+    }
+
     /// The name given, else the machine's.
     pub(crate) fn name(&self) -> String {
         self.name

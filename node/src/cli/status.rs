@@ -36,7 +36,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn print_table(title: &str, rows: &Value, columns: &[&str]) {
+/// Prints rows of JSON objects as a table.
+pub(super) fn print_table(title: &str, rows: &Value, columns: &[&str]) {
     let mut table = Table::new();
     table.load_style(UTF8_BORDERS_ONLY).set_header(columns);
     for row in rows.as_array().into_iter().flatten() {

@@ -28,26 +28,27 @@ pub(crate) struct Args {
 /// Stops node, guests where asked, storage and switch; what does not run is no error.
 pub(crate) fn run(args: Args) -> Result<()> {
     let directory = DataDirectory::open(&args.data_dir)?;
-    let mut left = Vec::new();
-    end(&directory, "node", &mut left);
+    end_processes(&directory, &["node"])?;
     if args.guests {
         agent::stop_guests(&directory.guests())?;
     }
-    end(&directory, "storage", &mut left);
-    end(&directory, "switch", &mut left);
-    if !left.is_empty() {
-        bail!("still running after a kill: {}", left.join(", "));
-    }
+    end_processes(&directory, &["storage", "switch"])?;
     if args.guests {
         let _ = std::fs::remove_dir_all(runtime_directory::path(directory.root()));
     }
     Ok(())
 }
 
-fn end(directory: &DataDirectory, name: &str, left: &mut Vec<String>) {
-    let path = directory.process_record(name);
-    let held = ProcessRecord::read(&path).and_then(|record| record.hold());
-    if held.is_some_and(|process| !process.end(GRACE)) {
-        left.push(name.to_owned());
+/// Ends recorded processes; one that does not run is no error.
+pub(super) fn end_processes(directory: &DataDirectory, names: &[&str]) -> Result<()> {
+    let lives = |name: &&&str| {
+        let record = ProcessRecord::read(&directory.process_record(name));
+        let held = record.and_then(|record| record.hold());
+        held.is_some_and(|process| !process.end(GRACE))
+    };
+    let left: Vec<&str> = names.iter().filter(lives).copied().collect();
+    if !left.is_empty() {
+        bail!("still running after a kill: {}", left.join(", "));
     }
+    Ok(())
 }

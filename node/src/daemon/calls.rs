@@ -24,6 +24,15 @@ pub(super) enum PeerCall {
         /// Its name.
         name: String,
     },
+    /// To any member: is the asking node a host of the cluster?
+    Standing,
+    /// To any member: how its consensus is.
+    Consensus,
+    /// To the leader: let another node lead.
+    TransferLeader {
+        /// Which.
+        to: u64,
+    },
     /// To the leader: this host is alive.
     Heartbeat,
     /// To a guest's host: the end of its console.
@@ -55,13 +64,27 @@ pub(super) enum PeerAnswer {
     Done,
     /// To a heartbeat: the hosts that are up.
     Up(BTreeSet<HostId>),
+    /// Whether the asking node is a host of the cluster.
+    Standing {
+        /// Whether.
+        host: bool,
+    },
+    /// How a member's consensus is.
+    Consensus(serde_json::Value),
     /// The end of a console.
     Console(String),
     /// How far a start has come, in Nova's words; none where nothing is being started.
     SubState(Option<String>),
     /// It could not be done.
     Failed(String),
+    /// It can never be done.
+    Refused(String),
 }
+
+/// What asking again won't change.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Refused(String);
 
 impl PeerCall {
     /// Its bytes.
@@ -75,6 +98,7 @@ impl PeerAnswer {
     pub(super) fn decode(bytes: &[u8]) -> Result<PeerAnswer> {
         match serde_json::from_slice(bytes).context("the node answered nonsense")? {
             PeerAnswer::Failed(message) => bail!("{message}"),
+            PeerAnswer::Refused(message) => Err(Refused(message).into()),
             answer => Ok(answer),
         }
     }
@@ -123,6 +147,14 @@ impl raft::Calls for NodeCalls {
 async fn answer(node: &Arc<Node>, peer: raft::NodeId, call: PeerCall) -> Result<PeerAnswer> {
     match call {
         PeerCall::AddVoter { id, address, name } => add_voter(node, peer, id, address, name).await,
+        PeerCall::Standing => super::standing::of(node, peer).await,
+        PeerCall::Consensus => {
+            Ok(PeerAnswer::Consensus(super::administration::consensus_status(node)?))
+        }
+        PeerCall::TransferLeader { to } => {
+            node.raft()?.transfer_leader(to).await?;
+            Ok(PeerAnswer::Done)
+        }
         PeerCall::Heartbeat => {
             node.heartbeats.hear(HostId(peer), Instant::now());
             Ok(PeerAnswer::Up(node.liveness()?.up))
@@ -154,10 +186,15 @@ async fn add_voter(
     let raft = node.raft()?;
     let state = raft.read().await?;
     if !state.cluster.hosts.contains_key(&HostId(id)) {
-        bail!("node {id} is no host of this cluster; it must join with a token first");
+        return Ok(PeerAnswer::Refused(super::standing::refusal(id)));
     }
-    raft.add_voter(id, raft::Member { address, name }).await?;
-    Ok(PeerAnswer::Done)
+    match raft.add_voter(id, raft::Member { address, name }).await {
+        Ok(()) => Ok(PeerAnswer::Done),
+        Err(error @ raft::AddVoterError::Rejected { .. }) => {
+            Ok(PeerAnswer::Refused(error.to_string()))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 impl Node {

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// Takes the data directory for this process alone; the lock goes with the file.
-pub(super) fn lock(directory: &DataDirectory) -> Result<File> {
+pub(crate) fn lock(directory: &DataDirectory) -> Result<File> {
     let path = directory.join("lock");
     let file = File::options()
         .create(true)

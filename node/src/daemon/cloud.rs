@@ -60,7 +60,7 @@ pub(super) fn now_ms() -> u64 {
 impl Cloud for NodeCloud {
     async fn read(&self) -> Result<State, Unavailable> {
         let raft = self.node.raft().map_err(|error| Unavailable(error.to_string()))?;
-        raft.read().await.map_err(|error| Unavailable(error.to_string()))
+        self.node.quorum.read(raft).await.map_err(Unavailable)
     }
 
     async fn propose(

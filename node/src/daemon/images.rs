@@ -1,26 +1,20 @@
-//! Content of images: in from a client, out to a client, and a second copy on another host.
+//! Content of images: in from a client, out to a client.
 
 use super::Node;
-use super::calls::PeerCall;
 use controller::api::{BodyStream, CloudError, UploadedImage};
-use controller::ids::{HostId, ImageId};
-use controller::state::image::{Image, ImageCommand, ImageContent};
-use controller::state::{Command, State};
+use controller::ids::HostId;
+use controller::state::State;
+use controller::state::image::{Image, ImageContent};
 use futures::StreamExt;
 use std::sync::Arc;
-use std::time::Duration;
 use storage::control::{ImageInfo, ImageKind, Peer};
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::pipe;
 
 /// Largest image.
 const IMAGE_BYTES_MAX: u64 = 4 << 40;
-/// How long another host may take to fetch a copy.
-const COPY_WITHIN: Duration = Duration::from_secs(30 * 60);
-/// How long the catalog may take to learn of an upload before no copy is made.
-const COMMIT_WITHIN: Duration = Duration::from_secs(60);
 
-/// Stores an upload on this host and has a second host hold it too.
+/// Stores an upload on this host. The leader has a second one hold it too ([`super::redundancy`]).
 pub(super) async fn upload(
     node: &Arc<Node>,
     image: &Image,
@@ -35,7 +29,6 @@ pub(super) async fn upload(
         sha512: info.sha512,
         kind: kind(info.kind).into(),
     };
-    tokio::spawn(copy_elsewhere(Arc::clone(node), image.id.clone(), content.clone()));
     Ok(UploadedImage { content, host: node.host() })
 }
 
@@ -126,50 +119,6 @@ fn sources(state: &State, image: &Image, except: HostId) -> Vec<Peer> {
 fn peer(state: &State, host: HostId) -> Option<Peer> {
     let addresses = &state.cluster.hosts.get(&host)?.addresses;
     Some(Peer { address: addresses.storage, server_name: addresses.server_name.clone() })
-}
-
-/// Best effort: a host that needs the image later fetches it anyway.
-async fn copy_elsewhere(node: Arc<Node>, image: ImageId, content: ImageContent) {
-    if let Err(error) = try_copy(&node, &image, &content).await {
-        tracing::warn!(image_id = %image, "no second copy of the image: {error:#}");
-    }
-}
-
-async fn try_copy(node: &Node, image: &ImageId, content: &ImageContent) -> anyhow::Result<()> {
-    let committed = tokio::time::timeout(COMMIT_WITHIN, committed(node, image));
-    let Ok(true) = committed.await.map_err(|_| ()).and_then(|result| result.map_err(|_| ())) else {
-        return Ok(());
-    };
-    let state = node.raft()?.view();
-    let up = node.liveness()?.up;
-    let Some(target) = up.into_iter().find(|host| *host != node.host()) else {
-        anyhow::bail!("no other host is up");
-    };
-    let me = peer(&state, node.host()).into_iter().collect();
-    let call = PeerCall::FetchImage {
-        sha512: content.sha512.clone(),
-        size_bytes: content.size_bytes,
-        from: me,
-    };
-    node.call(target, &call, COPY_WITHIN).await?;
-    let held = Command::Image(ImageCommand::HeldBy { id: image.clone(), host: target });
-    let id = *uuid::Uuid::new_v4().as_bytes();
-    node.raft()?.propose(id, held.encode()).await?;
-    Ok(())
-}
-
-/// Waits until the catalog knows the content; `false` where the image has gone.
-async fn committed(node: &Node, image: &ImageId) -> anyhow::Result<bool> {
-    let raft = node.raft()?;
-    let mut applied = raft.applied();
-    loop {
-        let state = raft.view();
-        match state.image.images.get(image) {
-            Some(image) if image.content.is_some() => return Ok(true),
-            Some(_) => applied.changed().await?,
-            None => return Ok(false),
-        }
-    }
 }
 
 /// Storage's refusals in the API's words.

@@ -11,6 +11,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
+use controller::ids::HostId;
 use controller::state::cluster::{ClusterCommand, HostAddresses, NewHost};
 use controller::state::{Command, Outcome, Rejection, RejectionKind, decode_result};
 use serde_json::{Value, json};
@@ -21,12 +22,16 @@ use std::sync::Arc;
 const REQUEST_BYTES_MAX: usize = 64 << 10;
 
 /// Makes a one-time token; the log gets its hash.
-pub(super) async fn issue_token(node: &Arc<Node>, ttl_seconds: u64) -> Result<Value> {
+pub(super) async fn issue_token(
+    node: &Arc<Node>,
+    ttl_seconds: u64,
+    replaces: Option<HostId>,
+) -> Result<Value> {
     let fingerprint = pki::fingerprint(&node.secrets.authority.certificate_pem)?;
     let token = JoinToken::create(node.config.api(), &node.config.cluster_id, fingerprint);
     let expires_ms = super::cloud::now_ms().saturating_add(ttl_seconds.saturating_mul(1000));
     let hash = JoinToken::hash(token.secret());
-    let issue = Command::Cluster(ClusterCommand::IssueJoinToken { hash, expires_ms, replaces: None });
+    let issue = Command::Cluster(ClusterCommand::IssueJoinToken { hash, expires_ms, replaces });
     match propose(node, &issue).await? {
         Ok(_) => Ok(json!({"token": token.encode(), "expires_ms": expires_ms})),
         Err(rejection) => bail!("the cluster refused: {rejection}"),

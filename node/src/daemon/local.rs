@@ -1,13 +1,15 @@
 //! The node's local socket, for commands of whoever owns the data directory: `status`,
-//! `join-token`. Mode 0600; frames of [`abi::control`] holding JSON.
+//! `join-token`, `cluster`. Mode 0600; frames of [`abi::control`] holding JSON.
 
 use super::Node;
+use super::administration::{self, ClusterRequest};
 use crate::data_directory::DataDirectory;
 use crate::runtime_directory;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::io::ErrorKind;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -26,6 +28,8 @@ const CONNECTIONS_MAX: usize = 16;
 pub(crate) enum LocalRequest {
     /// How the node is.
     Status,
+    /// What concerns the cluster as a whole.
+    Cluster(ClusterRequest),
     /// A one-time token for a host to join with.
     JoinToken {
         /// How long it may be used.
@@ -40,6 +44,15 @@ pub(crate) fn socket_path(runtime_directory: &Path) -> PathBuf {
 
 /// Asks the node that runs on a data directory.
 pub(crate) fn ask(data_directory: &Path, request: &LocalRequest) -> Result<Value> {
+    ask_with(data_directory, request, &[])
+}
+
+/// The same with a file that goes along.
+pub(crate) fn ask_with(
+    data_directory: &Path,
+    request: &LocalRequest,
+    files: &[BorrowedFd<'_>],
+) -> Result<Value> {
     let directory = DataDirectory::open(data_directory)?;
     let path = socket_path(&runtime_directory::path(directory.root()));
     let socket = match UnixStream::connect(&path) {
@@ -55,7 +68,7 @@ pub(crate) fn ask(data_directory: &Path, request: &LocalRequest) -> Result<Value
         }
     };
     socket.set_read_timeout(Some(ANSWER_WITHIN))?;
-    abi::control::send(&socket, &serde_json::to_vec(request)?, &[])?;
+    abi::control::send(&socket, &serde_json::to_vec(request)?, files)?;
     let (answer, _) = abi::control::receive(&socket)
         .context("the node did not answer")?
         .context("the node closed the connection")?;
@@ -98,9 +111,9 @@ pub(super) fn serve(node: Arc<Node>) -> Result<()> {
 
 fn converse(node: &Arc<Node>, runtime: &tokio::runtime::Handle, stream: &UnixStream) -> Result<()> {
     stream.set_read_timeout(Some(ANSWER_WITHIN))?;
-    while let Some((request, _)) = abi::control::receive(stream)? {
+    while let Some((request, files)) = abi::control::receive(stream)? {
         let answer = match serde_json::from_slice(&request) {
-            Ok(request) => runtime.block_on(answer(node, request)),
+            Ok(request) => runtime.block_on(answer(node, request, files)),
             Err(error) => Err(anyhow::anyhow!("this node does not know the request: {error}")),
         };
         let answer = match answer {
@@ -112,11 +125,14 @@ fn converse(node: &Arc<Node>, runtime: &tokio::runtime::Handle, stream: &UnixStr
     Ok(())
 }
 
-async fn answer(node: &Arc<Node>, request: LocalRequest) -> Result<Value> {
+async fn answer(node: &Arc<Node>, request: LocalRequest, files: Vec<OwnedFd>) -> Result<Value> {
     match request {
         LocalRequest::Status => Ok(super::status::status(node)),
         LocalRequest::JoinToken { ttl_seconds } => {
-            super::join_service::issue_token(node, ttl_seconds).await
+            super::join_service::issue_token(node, ttl_seconds, None).await
+        }
+        LocalRequest::Cluster(request) => {
+            administration::answer(node, request, files.into_iter().next()).await
         }
     }
 }

@@ -8,6 +8,14 @@ pub(crate) struct Machine {
     state: State,
 }
 
+impl Machine {
+    /// The id that the next host gets, of a state as a snapshot or a backup holds it.
+    pub(crate) fn next_host_id(state: &[u8]) -> Result<u64, String> {
+        let state = State::restore(state).map_err(|error| error.to_string())?;
+        Ok(state.cluster.next_host_id)
+    }
+}
+
 impl raft::StateMachine for Machine {
     type View = State;
 

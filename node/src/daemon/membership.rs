@@ -2,11 +2,11 @@
 //! until they are, and each start says where this host is reached and what it has.
 
 use super::Node;
-use super::bootstrap::{FirstStart, addresses};
-use super::calls::{PeerAnswer, PeerCall};
+use super::bootstrap::{Adoption, FirstStart, addresses};
+use super::calls::{PeerAnswer, PeerCall, Refused};
 use super::capacity::Capacity;
 use super::start::{first_command, raft_tls};
-use crate::joining::{PEERS_FILE_NAME, Peer};
+use crate::joining::PEERS_FILE_NAME;
 use anyhow::{Context, Result, bail};
 use controller::state::cluster::ClusterCommand;
 use controller::state::{Command, Outcome, decode_result};
@@ -21,9 +21,10 @@ const QUIET_TRIES: u32 = 20;
 
 /// Returns once this node is a voter and its host is up to date in the state.
 pub(super) async fn take_part(node: &Node) -> Result<()> {
-    match first_command(node).await? {
-        Some(command) => make_cluster(node, command).await?,
-        None => become_voter(node).await,
+    match (first_command(node).await?, Adoption::read(&node.directory)?) {
+        (Some(command), _) => make_cluster(node, command).await?,
+        (None, Some(adoption)) => adopt(node, &adoption).await?,
+        (None, None) => become_voter(node).await?,
     }
     update_host(node).await?;
     end_uploads(node).await
@@ -58,14 +59,31 @@ async fn make_cluster(node: &Node, command: Command) -> Result<()> {
     FirstStart::remove(&node.directory)
 }
 
+/// A restored or recovered state goes on under this node's cluster id.
+async fn adopt(node: &Node, adoption: &Adoption) -> Result<()> {
+    let command = adoption.command(&node.config)?;
+    // The same at each try, as for a new cluster.
+    match propose_until_taken(node, node.config.cluster_bytes(), &command).await? {
+        Ok(_) => {}
+        Err(rejection) if rejection.kind == controller::state::RejectionKind::Conflict => {
+            tracing::info!(%rejection, "the state was adopted before");
+        }
+        Err(rejection) => bail!("the state can't be adopted: {rejection}"),
+    }
+    Adoption::remove(&node.directory)
+}
+
 fn member(node: &Node) -> raft::Member {
     raft::Member { address: node.config.raft(), name: node.config.name.clone() }
 }
 
-async fn become_voter(node: &Node) {
+async fn become_voter(node: &Node) -> Result<()> {
     let mut tries = 0;
     while !is_voter(node) {
         if let Err(error) = ask_to_be_added(node).await {
+            if error.downcast_ref::<Refused>().is_some() {
+                return Err(error);
+            }
             tries += 1;
             if tries % QUIET_TRIES == 0 {
                 tracing::warn!("not a member yet: {error:#}");
@@ -73,6 +91,7 @@ async fn become_voter(node: &Node) {
         }
         tokio::time::sleep(RETRY).await;
     }
+    Ok(())
 }
 
 fn is_voter(node: &Node) -> bool {
@@ -83,11 +102,7 @@ fn is_voter(node: &Node) -> bool {
 }
 
 async fn ask_to_be_added(node: &Node) -> Result<()> {
-    let path = node.directory.join(PEERS_FILE_NAME);
-    let text = std::fs::read(&path)
-        .with_context(|| format!("no member of the cluster is known: {}", path.display()))?;
-    let peers: Vec<Peer> = serde_json::from_slice(&text)
-        .with_context(|| format!("{} is malformed", path.display()))?;
+    let peers = super::standing::known_peers(node);
     let request = PeerCall::AddVoter {
         id: node.config.node_id,
         address: node.config.raft(),
@@ -107,13 +122,17 @@ async fn ask_to_be_added(node: &Node) -> Result<()> {
         let answer = asked.await.map_err(anyhow::Error::from);
         match answer.and_then(|answer| PeerAnswer::decode(&answer)) {
             Ok(PeerAnswer::Done) => return Ok(()),
+            Err(error) if error.downcast_ref::<Refused>().is_some() => return Err(error),
             Ok(other) => last = Some(anyhow::anyhow!("node {} answered {other:?}", peer.id)),
             Err(error) => {
                 last = Some(error.context(format!("node {} at {}", peer.id, peer.address)))
             }
         }
     }
-    Err(last.unwrap_or_else(|| anyhow::anyhow!("{} names no node", path.display())))
+    Err(last.unwrap_or_else(|| {
+        let path = node.directory.join(PEERS_FILE_NAME);
+        anyhow::anyhow!("no member of the cluster is known: {} names none", path.display())
+    }))
 }
 
 async fn update_host(node: &Node) -> Result<()> {

@@ -4,6 +4,7 @@
 //! ask of it, [`processes`] keeps switch and storage running, [`membership`] makes or joins the
 //! replicated state, and [`crate::agent`] makes this host follow it.
 
+pub(crate) mod administration;
 pub(crate) mod bootstrap;
 mod calls;
 pub(crate) mod capacity;
@@ -19,16 +20,21 @@ mod machine;
 mod membership;
 mod prepare;
 mod processes;
+mod quorum;
+mod redundancy;
+mod replacement;
+mod standing;
 mod start;
 mod status;
 
+pub(crate) use checks::lock;
 pub(crate) use machine::Machine;
 
 use crate::agent::Agent;
 use crate::config::NodeConfig;
-use crate::data_directory::{DataDirectory, Secrets};
+use crate::data_directory::{DataDirectory, RECOVERY, Secrets};
 use crate::process::ProcessRecord;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use controller::ids::HostId;
 use controller::seal::Sealer;
 use liveness::Heartbeats;
@@ -52,9 +58,18 @@ pub(crate) struct Node {
     raft: OnceLock<raft::Raft<Machine>>,
     agent: OnceLock<Agent>,
     supervised: Vec<Arc<Supervised>>,
+    /// Whether a quorum answers.
+    quorum: quorum::Quorum,
+    /// Why the node process must end, once it must.
+    ended: watch::Sender<Option<String>>,
 }
 
 impl Node {
+    /// Ends the node process, with a sentence for its operator.
+    fn end(&self, reason: String) {
+        self.ended.send_replace(Some(reason));
+    }
+
     /// This host.
     fn host(&self) -> HostId {
         HostId(self.config.node_id)
@@ -102,6 +117,12 @@ pub(crate) async fn run(data_directory: &Path) -> Result<()> {
     let directory = DataDirectory::open(data_directory)?;
     let config = NodeConfig::read(directory.root())?;
     let _lock = checks::lock(&directory)?;
+    if directory.join(RECOVERY).exists() {
+        let root = directory.root().display();
+        bail!(
+            "a recovery was begun here; finish it: trine cluster recover --yes --data-dir {root}"
+        );
+    }
     let record = directory.process_record("node");
     ProcessRecord::of(std::process::id())
         .and_then(|me| me.write(&record))
@@ -124,7 +145,10 @@ async fn live(
         signal = stop_signal() => return signal,
     };
     let ended = tokio::select! {
-        signal = stop_signal() => signal,
+        signal = stop_signal() => {
+            running.hand_over().await;
+            signal
+        }
         failure = running.failure() => Err(failure),
     };
     let _ = stop.send(true);
@@ -145,6 +169,35 @@ async fn stop_signal() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::derived_key;
+    use controller::ids::HostId;
+    use controller::state::cluster::{Capacity, Host, HostAddresses};
+
+    /// A host of that id with nothing particular about it.
+    pub(super) fn host(id: u64) -> Host {
+        let at = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
+        Host {
+            id: HostId(id),
+            name: format!("node{id}"),
+            addresses: HostAddresses {
+                api: at,
+                raft: at,
+                storage: at,
+                tunnel: at,
+                server_name: String::new(),
+            },
+            capacity: Capacity::default(),
+            availability_zone: "nova".into(),
+            disabled: false,
+            disabled_reason: None,
+            forced_down: false,
+            registered_ms: 0,
+            replaced_by: None,
+            fenced: None,
+            fence_epoch: 0,
+            evacuate: false,
+            feature_level: 1,
+        }
+    }
 
     #[test]
     fn each_purpose_has_its_own_key() {

@@ -7,7 +7,10 @@ use super::capacity::Capacity;
 use super::cloud::NodeCloud;
 use super::prepare::Placing;
 use super::processes::Supervised;
-use super::{Node, checks, heartbeat, https, join_service, local, membership};
+use super::{
+    Node, checks, heartbeat, https, join_service, local, membership, redundancy, replacement,
+    standing,
+};
 use crate::agent::{self, Agent};
 use crate::cli::storage::StorageFile;
 use crate::cli::switch::SwitchFile;
@@ -17,12 +20,16 @@ use crate::embedded::{self, Executables};
 use crate::process::Held;
 use crate::spawner::Spawner;
 use crate::{pki, runtime_directory};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use controller::seal::Sealer;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+
+/// How long a node that stops may take to let another one lead.
+const HAND_OVER_WITHIN: Duration = Duration::from_secs(2);
 
 /// A node that serves.
 pub(super) struct Running {
@@ -32,11 +39,26 @@ pub(super) struct Running {
 }
 
 impl Running {
-    /// Waits for a failure that the node can't survive.
+    /// Waits for what the node can't survive.
     pub(super) async fn failure(&mut self) -> anyhow::Error {
-        match self.failures.wait_for(Option::is_some).await {
-            Ok(failure) => anyhow!("consensus has stopped: {}", failure.as_deref().unwrap_or("")),
-            Err(_) => anyhow!("consensus has ended"),
+        let mut ended = self.node.ended.subscribe();
+        tokio::select! {
+            failure = self.failures.wait_for(Option::is_some) => match failure {
+                Ok(failure) => {
+                    anyhow!("consensus has stopped: {}", failure.as_deref().unwrap_or(""))
+                }
+                Err(_) => anyhow!("consensus has ended"),
+            },
+            Ok(reason) = ended.wait_for(Option::is_some) => {
+                anyhow!("{}", reason.as_deref().unwrap_or(""))
+            }
+        }
+    }
+
+    /// Lets another node lead, before this one stops.
+    pub(super) async fn hand_over(&self) {
+        if let Ok(raft) = self.node.raft() {
+            raft.hand_over(HAND_OVER_WITHIN).await;
         }
     }
 
@@ -75,9 +97,19 @@ pub(super) async fn start(
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let api = tokio::spawn(https::serve(listener, tls(&node)?, router(&node)?, stopping.clone()));
     tokio::spawn(heartbeat::run(Arc::clone(&node)));
+    tokio::spawn(replacement::run(Arc::clone(&node)));
+    tokio::spawn(replacement::run(Arc::clone(&node)));
+    tokio::spawn(redundancy::run(Arc::clone(&node)));
+    tokio::spawn(standing::watch(Arc::clone(&node)));
     let failures = node.raft()?.failure();
 
-    membership::take_part(&node).await?;
+    let mut ended = node.ended.subscribe();
+    tokio::select! {
+        taken = membership::take_part(&node) => taken?,
+        Ok(reason) = ended.wait_for(Option::is_some) => {
+            bail!("{}", reason.as_deref().unwrap_or(""));
+        }
+    }
     // Who is told that we are ready may at once ask for a guest.
     heartbeat::beat_once(&node).await;
     println!("trine node ready: node {} at {}", node.config.node_id, node.config.base_url());
@@ -106,6 +138,8 @@ fn node(
         raft: OnceLock::new(),
         agent: OnceLock::new(),
         supervised,
+        quorum: Default::default(),
+        ended: watch::Sender::new(None),
     })
 }
 

@@ -27,6 +27,7 @@ impl State {
                 old.name = format!("{}-replaced-{}", old.name, old.id);
             }
             old.replaced_by = Some(new.id);
+            old.evacuate = true;
             declare_dead(old, &format!("replaced by host {}", new.id));
         }
     }
@@ -61,6 +62,10 @@ impl State {
         for id in others {
             if let Some(host) = self.cluster.hosts.get_mut(&id) {
                 declare_dead(host, "left behind when the cluster was recovered");
+                if host.fenced.is_none() {
+                    host.fence_epoch = host.fence_epoch.saturating_add(1);
+                    host.fenced = Some(host.fence_epoch);
+                }
             }
         }
         let me = match (survivor.and_then(|id| self.cluster.hosts.get(&id)), host) {
