@@ -6,10 +6,11 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use super::protocol;
 use super::view::{
     AttachmentView, ForwardView, Holder, HostView, ImageSource, NetworkView, Nic, Peer, PortView,
-    RemoteView, RuleView, ServerView, SubnetView, SwitchView, VolumeView, Wanted,
+    RemoteView, RuleView, ServerView, Service, SubnetView, SwitchView, VolumeView, Wanted,
 };
 use crate::ids::{HostId, NetworkId, ServerId};
 use crate::state::State;
+use crate::state::cluster::Host;
 use crate::state::compute::{Desired, Server, VmState};
 use crate::state::image::ImageStatus;
 use crate::state::network::{
@@ -43,6 +44,16 @@ pub fn host_view(state: &State, host: HostId) -> HostView {
             .map(|content| content.sha512.clone())
             .collect(),
         uploading: state.image.images.values().any(|image| image.status == ImageStatus::Saving),
+        service: service(state, host),
+    }
+}
+
+fn service(state: &State, host: HostId) -> Service {
+    match state.cluster.hosts.get(&host) {
+        Some(host) if host.forced_down => Service::ForcedDown,
+        Some(Host { fenced: Some(epoch), .. }) => Service::Fenced(*epoch),
+        // A host that isn't in the state yet (or any more) has nothing to do anyway.
+        _ => Service::In,
     }
 }
 
@@ -222,6 +233,8 @@ fn port_view(state: &State, server: &ServerView, port: &Port) -> PortView {
         port_security: port.port_security_enabled,
         allowed_address_pairs: port.allowed_address_pairs.iter().map(pair).collect(),
         rules: groups.flat_map(|group| rules(state, group)).collect(),
+        server_name: server.server.name.clone(),
+        server_metadata: server.server.metadata.clone(),
     }
 }
 

@@ -1,19 +1,25 @@
 //! Decisions, pure: where things go, and what a host has to do next.
 
+pub mod agent;
 pub mod host_view;
+pub mod leading;
+pub mod leases;
 pub mod observed;
 pub mod protocol;
 pub mod steps;
 pub mod view;
 
+mod evacuation;
 mod keys;
 mod level;
 mod prepare;
+mod retries;
 mod schedule;
 #[cfg(test)]
 mod tests;
 mod upkeep;
 
+pub use evacuation::evacuation;
 pub use host_view::host_view;
 pub use keys::{keys_to_forget, reseal, token_keys};
 pub use level::raise_feature_level;

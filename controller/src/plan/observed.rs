@@ -26,6 +26,8 @@ pub struct Guest {
     pub state: GuestState,
     /// Volumes plugged into it.
     pub volumes: BTreeSet<VolumeId>,
+    /// Those among them whose connection to their home is lost: the guest waits for another.
+    pub disconnected: BTreeSet<VolumeId>,
 }
 
 /// How a guest is.

@@ -6,7 +6,7 @@
 use crate::ids::{AttachmentId, PortId, ServerId, VolumeId};
 
 use super::observed::{Guest, GuestState, Observed};
-use super::view::{AttachmentView, HostView, ServerView, VolumeView, Wanted};
+use super::view::{AttachmentView, HostView, Nic, ServerView, Service, VolumeView, Wanted};
 
 /// One thing to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +56,12 @@ pub enum Step {
     UnplugVolume(ServerId, AttachmentId),
     /// Reports a volume that is no longer plugged.
     ReportUnplugged(ServerId, AttachmentId),
+    /// Gives a running guest a new connection to a volume elsewhere.
+    ReconnectVolume(ServerId, AttachmentId),
+    /// Takes a volume from a running guest that is no longer attached to it by the state.
+    UnplugLost(ServerId, VolumeId),
+    /// Reports that this host, which was fenced, has ended every guest that left it.
+    ReportReturned(u64),
 }
 
 impl Step {
@@ -79,8 +85,39 @@ impl Step {
             | Step::PlugVolume(server, _)
             | Step::ReportPlugged(server, _)
             | Step::UnplugVolume(server, _)
-            | Step::ReportUnplugged(server, _) => format!("server {server}"),
+            | Step::ReportUnplugged(server, _)
+            | Step::ReconnectVolume(server, _)
+            | Step::UnplugLost(server, _) => format!("server {server}"),
             Step::DetachPort(port, _) => format!("port {port}"),
+            Step::ReportReturned(_) => "host".into(),
+        }
+    }
+
+    /// What kind of step it is.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Step::ProgramSwitch => "ProgramSwitch",
+            Step::CreateVolume(_) => "CreateVolume",
+            Step::ReportVolume(_) => "ReportVolume",
+            Step::DeleteVolume(_) => "DeleteVolume",
+            Step::ExportVolume(_) => "ExportVolume",
+            Step::ReleaseVolume { .. } => "ReleaseVolume",
+            Step::DeleteImage(_) => "DeleteImage",
+            Step::StartGuest(_) => "StartGuest",
+            Step::ReportStarted(_) => "ReportStarted",
+            Step::StopGuest(_) => "StopGuest",
+            Step::ReportStopped(..) => "ReportStopped",
+            Step::RemoveGuest(_) => "RemoveGuest",
+            Step::ReportGone(_) => "ReportGone",
+            Step::AttachPort(..) => "AttachPort",
+            Step::DetachPort(..) => "DetachPort",
+            Step::PlugVolume(..) => "PlugVolume",
+            Step::ReportPlugged(..) => "ReportPlugged",
+            Step::UnplugVolume(..) => "UnplugVolume",
+            Step::ReportUnplugged(..) => "ReportUnplugged",
+            Step::ReconnectVolume(..) => "ReconnectVolume",
+            Step::UnplugLost(..) => "UnplugLost",
+            Step::ReportReturned(_) => "ReportReturned",
         }
     }
 }
@@ -89,6 +126,9 @@ impl Step {
 /// each server and volume, because the next depends on what comes of it.
 pub fn plan(view: &HostView, observed: &Observed) -> Vec<Step> {
     let mut steps = Vec::new();
+    if view.service != Service::In {
+        return while_out_of_service(view, observed);
+    }
     if !observed.switch.programmed {
         steps.push(Step::ProgramSwitch);
     }
@@ -100,6 +140,22 @@ pub fn plan(view: &HostView, observed: &Observed) -> Vec<Step> {
     }
     leftovers(view, observed, &mut steps);
     steps
+}
+
+/// Others may act in this host's place: it ends what left it and does nothing else until it is
+/// back in service.
+fn while_out_of_service(view: &HostView, observed: &Observed) -> Vec<Step> {
+    let mut steps = strays(view, observed);
+    if let (Service::Fenced(epoch), true) = (view.service, steps.is_empty()) {
+        steps.push(Step::ReportReturned(epoch));
+    }
+    steps
+}
+
+/// Guests that are no longer placed here.
+fn strays(view: &HostView, observed: &Observed) -> Vec<Step> {
+    let gone = observed.guests.keys().filter(|id| !view.servers.contains_key(*id));
+    gone.map(|id| Step::RemoveGuest(id.clone())).collect()
 }
 
 fn volume_step(id: &VolumeId, wanted: &VolumeView, observed: &Observed) -> Option<Step> {
@@ -175,17 +231,25 @@ fn running_step(
     guest: &Guest,
     observed: &Observed,
 ) -> Option<Step> {
-    let lost = view.ports.iter().find(|nic| !observed.switch.attached.contains_key(&nic.port));
+    let attached = &observed.switch.attached;
+    let older = |nic: &&Nic| attached.get(&nic.port).is_none_or(|g| *g < guest.generation);
+    let lost = view.ports.iter().find(older);
     if let Some(nic) = lost {
         return Some(Step::AttachPort(id.clone(), nic.port.clone()));
     }
+    let attached = |volume: &&VolumeId| view.attachments.iter().any(|a| a.volume == **volume);
+    if let Some(volume) = guest.volumes.iter().find(|volume| !attached(volume)) {
+        return Some(Step::UnplugLost(id.clone(), volume.clone()));
+    }
     view.attachments.iter().find_map(|attachment| {
+        let cut_off = attachment.home.is_some() && guest.disconnected.contains(&attachment.volume);
         let plugged = guest.volumes.contains(&attachment.volume);
         let named = |step: fn(ServerId, AttachmentId) -> Step| {
             Some(step(id.clone(), attachment.attachment.clone()))
         };
         match (attachment.wanted, plugged) {
             (true, false) => named(Step::PlugVolume),
+            (true, true) if cut_off => named(Step::ReconnectVolume),
             (true, true) if !attachment.settled => named(Step::ReportPlugged),
             (false, true) => named(Step::UnplugVolume),
             (false, false) => named(Step::ReportUnplugged),
@@ -205,9 +269,7 @@ fn idle_attachment_step(id: &ServerId, view: &ServerView) -> Option<Step> {
 
 /// What is there and belongs to nothing that this host should have.
 fn leftovers(view: &HostView, observed: &Observed, steps: &mut Vec<Step>) {
-    for id in observed.guests.keys().filter(|id| !view.servers.contains_key(*id)) {
-        steps.push(Step::RemoveGuest(id.clone()));
-    }
+    steps.extend(strays(view, observed));
     for (id, present) in observed.volumes.iter().filter(|(id, _)| !view.volumes.contains_key(*id)) {
         steps.push(match &present.holder {
             Some((server, generation)) => release(id, server, *generation),

@@ -6,6 +6,7 @@ use super::observed::{Guest, GuestState, Observed, Volume};
 use super::{Step, host_view, plan};
 use crate::ids::HostId;
 use crate::state::Command;
+use crate::state::cluster::ClusterCommand;
 use crate::state::compute::ComputeCommand;
 use crate::state::fixture::{Sample, new_image};
 use crate::state::image::ImageCommand;
@@ -18,7 +19,7 @@ fn calm() -> Observed {
 }
 
 fn guest(generation: u64, state: GuestState) -> Guest {
-    Guest { generation, state, volumes: BTreeSet::new() }
+    Guest { generation, state, volumes: BTreeSet::new(), disconnected: BTreeSet::new() }
 }
 
 /// Checks what a host does next.
@@ -144,4 +145,88 @@ fn what_belongs_to_nothing_is_removed_but_not_what_is_just_being_uploaded() {
     sample.must(Command::Image(ImageCommand::Create(Box::new(new_image("second")))));
     sample.must(Command::Image(ImageCommand::UploadStarted("second".into())));
     check(&sample, HostId(1), &observed, &strays);
+}
+
+/// A running server whose host was then fenced.
+fn fenced() -> (Sample, HostId, Observed) {
+    let mut sample = Sample::new();
+    for host in [2, 3].map(HostId) {
+        sample.must(Command::Image(ImageCommand::HeldBy { id: "image".into(), host }));
+    }
+    let (host, observed) = settled(&mut sample);
+    sample.must(Command::Cluster(ClusterCommand::FenceHost { id: host, epoch: 1 }));
+    sample.liveness.up.remove(&host);
+    (sample, host, observed)
+}
+
+fn forced_down(id: HostId, forced: bool) -> Command {
+    Command::Cluster(ClusterCommand::SetHostService {
+        id,
+        disabled: None,
+        disabled_reason: None,
+        forced_down: Some(forced),
+        evacuate: None,
+    })
+}
+
+#[test]
+fn a_fenced_host_whose_guests_stayed_returns_with_them() {
+    let (mut sample, host, mut observed) = fenced();
+    observed.switch.programmed = false;
+    check(&sample, host, &observed, &[Step::ReportReturned(1)]);
+    sample.must(Command::Cluster(ClusterCommand::HostReturned { id: host, epoch: 1 }));
+    check(&sample, host, &observed, &[Step::ProgramSwitch]);
+}
+
+#[test]
+fn a_fenced_host_ends_the_guests_that_left_it_before_it_returns() {
+    let (mut sample, host, mut observed) = fenced();
+    sample.compute(ComputeCommand::EvacuateServer {
+        id: "s1".into(),
+        requested_host: None,
+        stop: false,
+        placement: None,
+    });
+    let target = sample.server("s1").host.expect("there is room");
+    check(&sample, host, &observed, &[Step::RemoveGuest("s1".into())]);
+    check(&sample, target, &calm(), &[Step::StartGuest("s1".into())]);
+    observed.guests.clear();
+    observed.switch.attached.clear();
+    check(&sample, host, &observed, &[Step::ReportReturned(1)]);
+}
+
+#[test]
+fn a_host_that_an_operator_forced_down_ends_what_left_it_and_waits() {
+    let (mut sample, host, observed) = fenced();
+    sample.must(forced_down(host, true));
+    check(&sample, host, &observed, &[]);
+    sample.must(forced_down(host, false));
+    check(&sample, host, &observed, &[Step::ReportReturned(1)]);
+}
+
+#[test]
+fn a_volume_that_the_state_took_from_a_guest_is_unplugged() {
+    let mut sample = Sample::new();
+    let (host, mut observed) = settled(&mut sample);
+    observed.guests.get_mut("s1").expect("it runs").volumes.insert("v9".into());
+    check(&sample, host, &observed, &[Step::UnplugLost("s1".into(), "v9".into())]);
+}
+
+#[test]
+fn a_ring_that_the_switch_has_from_an_earlier_generation_is_given_again() {
+    let mut sample = Sample::new();
+    let (host, mut observed) = settled(&mut sample);
+    observed.guests.insert("s1".into(), guest(2, GuestState::Running));
+    check(&sample, host, &observed, &[Step::AttachPort("s1".into(), "port-of-s1".into())]);
+}
+
+#[test]
+fn other_metadata_is_another_program() {
+    let mut sample = Sample::new();
+    let (host, _) = settled(&mut sample);
+    let before = host_view(&sample.state, host).switch;
+    let metadata = [("key".to_owned(), "value".to_owned())].into();
+    let changed = crate::state::compute::Server { metadata, ..sample.server("s1").clone() };
+    sample.state.compute.servers.insert("s1".into(), std::sync::Arc::new(changed));
+    assert_ne!(host_view(&sample.state, host).switch, before);
 }

@@ -22,6 +22,19 @@ pub struct HostView {
     pub uploading: bool,
     /// What its switch is to do.
     pub switch: SwitchView,
+    /// Whether others may act in the host's place.
+    pub service: Service,
+}
+
+/// Whether a host is in service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// It is.
+    In,
+    /// It was fenced, in this epoch; it may return once it has ended what left it.
+    Fenced(u64),
+    /// An operator says that it is dead; it returns when the operator lets it.
+    ForcedDown,
 }
 
 /// What is wanted of a server's guest.
@@ -209,6 +222,10 @@ pub struct PortView {
     pub allowed_address_pairs: Vec<(String, Option<String>)>,
     /// What is permitted.
     pub rules: Vec<RuleView>,
+    /// The server's name, for its instance data.
+    pub server_name: String,
+    /// The server's metadata, for its instance data.
+    pub server_metadata: BTreeMap<String, String>,
 }
 
 /// One permission of a port.
