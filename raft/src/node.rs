@@ -320,6 +320,15 @@ impl<S: StateMachine> Raft<S> {
         self.core.read().await
     }
 
+    /// As the leader, proved by a round that began after this call: the index that holds all that
+    /// was committed before. `None` on a node that can't prove that it leads; nobody else is asked.
+    pub async fn lead_index(&self) -> Option<u64> {
+        match self.core.local_reads.join().await {
+            Attempt::Done(index) => Some(index),
+            _ => None,
+        }
+    }
+
     /// The state this node has applied, possibly stale.
     pub fn view(&self) -> S::View {
         self.core.published.view()

@@ -19,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use super::schedule::Liveness;
-use crate::ids::HostId;
+use crate::ids::{HostId, ServerId};
 use crate::state::cluster::{ClusterCommand, Host};
 use crate::state::{Command, State};
 
@@ -173,7 +173,7 @@ pub enum Until {
     Unknown,
     /// Until then, on the host's clock.
     At(Duration),
-    /// Its own state calls it out of service.
+    /// Its own state calls it out of service, or a guest still runs that was placed elsewhere.
     Never,
 }
 
@@ -186,10 +186,25 @@ impl HostLease {
         self.grants.push((index, asked.saturating_add(lease)));
     }
 
-    /// Until when the host may change disks, by a state at `applied`.
-    pub fn writes_until(&mut self, host: HostId, applied: u64, state: &State) -> Until {
+    /// Until when the host may change disks, by a state at `applied`; `guests` are those that run
+    /// here or are being started. A host that has returned gets no permission before the last
+    /// guest that left it has ended: its placement may have changed while its return was proposed.
+    pub fn writes_until<'a>(
+        &mut self,
+        host: HostId,
+        applied: u64,
+        state: &State,
+        guests: impl IntoIterator<Item = &'a ServerId>,
+    ) -> Until {
         if state.cluster.hosts.get(&host).is_none_or(Host::is_out) {
             self.grants.clear();
+            return Until::Never;
+        }
+        let elsewhere = |id: &ServerId| {
+            let server = state.compute.servers.get(id);
+            server.is_some_and(|server| server.host != Some(host))
+        };
+        if guests.into_iter().any(elsewhere) {
             return Until::Never;
         }
         let counts = self.grants.iter().filter(|(index, _)| *index <= applied);
@@ -315,15 +330,19 @@ mod tests {
     fn a_lease_counts_once_the_state_has_got_as_far_and_never_for_a_host_that_is_out() {
         let mut sample = Sample::new();
         let mut lease = HostLease::default();
-        assert_eq!(lease.writes_until(B, 5, &sample.state), Until::Unknown);
+        assert_eq!(lease.writes_until(B, 5, &sample.state, []), Until::Unknown);
         lease.granted(at(1), LEASE, 5);
         lease.granted(at(2), LEASE, 7);
-        assert_eq!(lease.writes_until(B, 4, &sample.state), Until::Unknown);
-        assert_eq!(lease.writes_until(B, 6, &sample.state), Until::At(at(9)));
-        assert_eq!(lease.writes_until(B, 7, &sample.state), Until::At(at(10)));
+        let elsewhere = sample.running("s1", None);
+        assert_ne!(elsewhere, B);
+        assert_eq!(lease.writes_until(B, 6, &sample.state, [&"s1".into()]), Until::Never);
+        assert_eq!(lease.writes_until(B, 6, &sample.state, [&"unknown".into()]), Until::At(at(9)));
+        assert_eq!(lease.writes_until(B, 4, &sample.state, []), Until::Unknown);
+        assert_eq!(lease.writes_until(B, 6, &sample.state, []), Until::At(at(9)));
+        assert_eq!(lease.writes_until(B, 7, &sample.state, []), Until::At(at(10)));
         sample.must(fence(1));
-        assert_eq!(lease.writes_until(B, 8, &sample.state), Until::Never);
+        assert_eq!(lease.writes_until(B, 8, &sample.state, []), Until::Never);
         sample.must(Command::Cluster(ClusterCommand::HostReturned { id: B, epoch: 1 }));
-        assert_eq!(lease.writes_until(B, 9, &sample.state), Until::Unknown);
+        assert_eq!(lease.writes_until(B, 9, &sample.state, []), Until::Unknown);
     }
 }

@@ -1,24 +1,25 @@
 //! Performing a step. Each can be performed again at any point.
 
 use anyhow::{Context as _, Result};
-use controller::ids::{AttachmentId, PortId, ServerId};
+use controller::ids::{AttachmentId, PortId, ServerId, VolumeId};
 use controller::plan::view::{AttachmentView, HostView, ServerView};
 use controller::plan::{Step, observed};
 use controller::state::Command;
+use controller::state::cluster::ClusterCommand;
 use controller::state::compute::{ComputeCommand, PowerState};
 use controller::state::volume::VolumeCommand;
 use storage::ErrorKind;
 use tracing::info;
 
-use super::Agent;
 use super::directory::GuestDirectory;
 use super::world::Observation;
+use super::{Agent, GIVE_UP_AFTER};
 
 impl Agent {
     pub(super) async fn execute(&self, step: &Step, view: &HostView) -> Result<()> {
         match step {
             Step::ProgramSwitch => self.program_switch().await,
-            Step::CreateVolume(id) => self.create_volume(id, view).await,
+            Step::CreateVolume(id) => self.create_volume(step, id, view).await,
             Step::ReportVolume(id) => self.report(volume(VolumeCommand::Created(id.clone()))).await,
             Step::DeleteVolume(id) => self.delete_volume(id, view).await,
             Step::ExportVolume(id) => self.export_volume(id, view).await,
@@ -48,12 +49,23 @@ impl Agent {
             Step::ReportUnplugged(id, attachment) => {
                 self.report_unplugged(attachment_of(server(view, id)?, attachment)?).await
             }
+            Step::ReconnectVolume(id, attachment) => {
+                self.reconnect_volume(id, attachment_of(server(view, id)?, attachment)?).await
+            }
+            Step::UnplugLost(id, volume) => self.unplug_lost(id, volume).await,
+            Step::ReportReturned(epoch) => self.report_returned(*epoch).await,
         }
     }
 
     pub(super) async fn report_started(&self, view: &ServerView) -> Result<()> {
         let (id, generation) = (view.server.id.clone(), view.generation);
         self.report(compute(ComputeCommand::ServerStarted { id, generation })).await
+    }
+
+    async fn report_returned(&self, epoch: u64) -> Result<()> {
+        info!(epoch, "agent: this host was fenced; it returns");
+        let id = self.context().host;
+        self.report(Command::Cluster(ClusterCommand::HostReturned { id, epoch })).await
     }
 
     async fn report_stopped(&self, view: &ServerView, why: &str) -> Result<()> {
@@ -138,7 +150,7 @@ impl Agent {
         .await
     }
 
-    async fn create_volume(&self, id: &controller::ids::VolumeId, view: &HostView) -> Result<()> {
+    async fn create_volume(&self, step: &Step, id: &VolumeId, view: &HostView) -> Result<()> {
         let wanted = view.volumes.get(id).context("the volume left the view")?;
         let (volume_id, size_bytes) = (id.clone(), wanted.size_bytes);
         let made = self.blocking(move |agent| {
@@ -151,7 +163,10 @@ impl Agent {
         });
         match made.await? {
             Ok(()) => self.report(volume(VolumeCommand::Created(id.clone()))).await,
-            Err(error) if matches!(error.kind, ErrorKind::NoSpace | ErrorKind::Invalid) => {
+            Err(error)
+                if matches!(error.kind, ErrorKind::NoSpace | ErrorKind::Invalid)
+                    || self.failing_for(step) >= GIVE_UP_AFTER =>
+            {
                 let reason = error.message.clone();
                 self.report(volume(VolumeCommand::Failed { id: id.clone(), reason })).await
             }
@@ -159,7 +174,7 @@ impl Agent {
         }
     }
 
-    async fn delete_volume(&self, id: &controller::ids::VolumeId, view: &HostView) -> Result<()> {
+    async fn delete_volume(&self, id: &VolumeId, view: &HostView) -> Result<()> {
         let volume_id = id.clone();
         let generation = view.volumes.get(id).map(|volume| volume.generation);
         self.blocking(move |agent| {

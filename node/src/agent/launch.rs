@@ -5,25 +5,31 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use abi::packet_ring::Region;
-use anyhow::{Context as _, Result, anyhow};
+use anyhow::{Context as _, Result};
 use controller::api::SubState;
 use controller::plan::Step;
 use controller::plan::view::{HostView, ImageSource, Nic, ServerView};
 use controller::state::compute::ComputeCommand;
+use storage::ErrorKind;
 use storage::control::Peer;
 use tracing::{info, warn};
 use vmm::config::{
     Boot, Console, DiskConfig, DiskSource, NetBackend, NetConfig, Resource, Sandbox, VmConfig,
 };
 
-use super::Agent;
 use super::directory::{GuestDirectory, Record};
 use super::execute::compute;
 use super::world::{Guest, Observation};
+use super::{Agent, GIVE_UP_AFTER};
 use crate::process::Held;
 
 /// Failed tries after which the server goes to ERROR.
 const START_TRIES: u32 = 3;
+
+/// The spawner's answer to a guest that it can't make.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refused(String);
 
 /// What a guest is made from.
 struct Disks {
@@ -43,7 +49,7 @@ impl Agent {
         let started = self.launch(view, host).await;
         let reported = match started {
             Ok(()) => self.report_started(view).await,
-            Err(error) if self.with_world(|world| world.failures(step)) + 1 >= START_TRIES => {
+            Err(error) if self.gives_up(step, &error) => {
                 warn!(server_id = %id, error = %format!("{error:#}"), "agent: a guest does not start");
                 self.report_failed(view, &error).await
             }
@@ -51,6 +57,18 @@ impl Agent {
         };
         self.with_world(|world| world.starting.remove(id));
         reported
+    }
+
+    /// Whether a start that failed again has failed for good: what another try may heal (a storage
+    /// process that is being restarted, a host that holds the image and is away) is tried longer.
+    fn gives_up(&self, step: &Step, error: &anyhow::Error) -> bool {
+        let lasting = error.chain().find_map(|cause| cause.downcast_ref::<storage::Error>());
+        let lasting = lasting.is_some_and(|error| {
+            matches!(error.kind, ErrorKind::NoSpace | ErrorKind::Invalid | ErrorKind::NotFound)
+        });
+        let lasting = lasting || error.chain().any(|cause| cause.is::<Refused>());
+        let tried = self.failures(step) + 1 >= START_TRIES;
+        tried && (lasting || self.failing_for(step) >= GIVE_UP_AFTER)
     }
 
     async fn report_failed(&self, view: &ServerView, error: &anyhow::Error) -> Result<()> {
@@ -182,11 +200,11 @@ impl Agent {
             nets: net_configs(&mut resources, &view.ports, &rings)?,
             control: Some(resources.add(prepared.control.into())),
             exit_record: Some(resources.add(prepared.exit.into())),
-            lease: None,
+            lease: Some(resources.add(self.context().lease.reader()?)),
             sandbox: Sandbox::default(),
         };
         let spawned = self.context().spawner.spawn(&config, &resources.borrowed());
-        let spawned = spawned.map_err(|error| anyhow!("{error}"))?;
+        let spawned = spawned.map_err(|error| Refused(error.to_string()))?;
         drop(resources);
         let process = Held::from_pidfd(spawned.pidfd);
         let watched = process.try_clone()?.into_pidfd();

@@ -6,9 +6,8 @@
 //! the steps that [`controller::plan::plan`] names ([`execute`]). Start, restart and recovery are
 //! the same path.
 //!
-//! Nothing is started, attached or written on a state older than a ReadIndex that the agent
-//! obtained after its own start and after each time it lost the leader: a log that is being
-//! replayed must not start guests that were deleted long ago.
+//! What may be done when (the ReadIndex gate, one step at a time for each subject, pauses after
+//! failures) is [`controller::plan::agent::AgentCore`]; here its steps are performed.
 
 mod directory;
 mod execute;
@@ -22,10 +21,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use abi::lease::{self, LeasePage};
 use anyhow::{Context as _, Result, anyhow};
 use controller::api::SubState;
 use controller::ids::{HostId, ServerId};
-use controller::plan::{HostView, Step, host_view, plan};
+use controller::plan::agent::{AgentCore, Read, Reconcilers};
+use controller::plan::{HostView, Step, host_view};
 use controller::seal::Sealer;
 use controller::state::{Command, Outcome, State, decode_result};
 use serde::Serialize;
@@ -38,10 +39,9 @@ use world::World;
 
 /// What the agent looks at anew when nothing wakes it.
 const TICK: Duration = Duration::from_secs(1);
-/// First pause after a failed step; doubled with each failure.
-const RETRY_FIRST: Duration = Duration::from_millis(20);
-/// Longest pause after a failed step.
-const RETRY_LAST: Duration = Duration::from_secs(5);
+/// How long something that a user waits for is tried before the user is told that it failed:
+/// longer than a restart of storage or switch takes.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(15);
 /// Most bytes of a console log that one request gets.
 pub(crate) const CONSOLE_BYTES_MAX: usize = 1 << 20;
 
@@ -61,6 +61,8 @@ pub(crate) struct Context {
     pub(crate) spawner: crate::spawner::Spawner,
     /// Opens sealed user data.
     pub(crate) sealer: Sealer,
+    /// Until when guests may change their disks.
+    pub(crate) lease: Arc<LeasePage>,
 }
 
 /// A guest, for `trine status`.
@@ -98,6 +100,7 @@ pub(crate) struct Agent {
 
 struct Inner {
     context: Context,
+    core: Mutex<AgentCore>,
     world: Mutex<World>,
     wake: Notify,
     /// Held while the switch gets a program.
@@ -112,6 +115,7 @@ impl Agent {
         let world = World::find(&context.guests)?;
         info!(guests = world.guests.len(), "agent: guests found");
         let inner = Inner {
+            core: Mutex::new(AgentCore::new(context.host)),
             context,
             world: Mutex::new(world),
             wake: Notify::new(),
@@ -126,6 +130,16 @@ impl Agent {
     /// The guests on this host.
     pub(crate) fn guests(&self) -> Vec<GuestStatus> {
         self.with_world(|world| world.guest_statuses())
+    }
+
+    /// Servers whose guest runs on this host or is being started.
+    pub(crate) fn live_guests(&self) -> Vec<ServerId> {
+        self.with_world(|world| world.live_guests())
+    }
+
+    /// What each reconciler did last.
+    pub(crate) fn reconcilers(&self) -> Reconcilers {
+        self.with_core(|core| core.reconcilers(lease::now()))
     }
 
     /// The last bytes of a guest's console, at most `limit`.
@@ -157,6 +171,20 @@ impl Agent {
         look(&mut self.inner.world.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    fn with_core<T>(&self, decide: impl FnOnce(&mut AgentCore) -> T) -> T {
+        decide(&mut self.inner.core.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How often steps of this kind on this subject have failed in a row.
+    fn failures(&self, step: &Step) -> u32 {
+        self.with_core(|core| core.failures(step))
+    }
+
+    /// For how long they have.
+    fn failing_for(&self, step: &Step) -> Duration {
+        self.with_core(|core| core.failing_for(step, lease::now()))
+    }
+
     fn watch_found_guests(&self) {
         let found = self.with_world(|world| world.running_pidfds());
         for (server, pidfd) in found {
@@ -178,16 +206,14 @@ impl Agent {
 
     async fn follow(self) {
         let mut applied = self.context().raft.applied();
-        let mut gate_open = false;
         let mut looked = None::<Instant>;
         loop {
-            if self.context().raft.status().leader.is_none() {
-                gate_open = false;
+            let leader_known = self.context().raft.status().leader.is_some();
+            self.with_core(|core| core.contact(leader_known));
+            if let Some(read) = self.with_core(AgentCore::wants_read) {
+                tokio::spawn(self.clone().read(read));
             }
-            if !gate_open {
-                gate_open = self.context().raft.read().await.is_ok();
-            }
-            if gate_open {
+            if self.with_core(|core| core.is_open()) {
                 if looked.is_none_or(|looked| looked.elapsed() >= TICK) {
                     self.look().await;
                     looked = Some(Instant::now());
@@ -195,13 +221,21 @@ impl Agent {
                 let _ = applied.borrow_and_update();
                 self.reconcile(&self.context().raft.view());
             }
-            let pause = self.with_world(|world| world.next_retry()).unwrap_or(TICK).min(TICK);
+            let retry = self.with_core(|core| core.next_retry(lease::now()));
+            let pause = retry.unwrap_or(TICK).min(TICK);
             tokio::select! {
                 changed = applied.changed() => if changed.is_err() { return },
                 () = self.inner.wake.notified() => {}
                 () = tokio::time::sleep(pause) => {}
             }
         }
+    }
+
+    /// The read that opens the gate. Contact may be lost and found again meanwhile.
+    async fn read(self, read: Read) {
+        let ok = self.context().raft.read().await.is_ok();
+        self.with_core(|core| core.read_ended(read, ok));
+        self.wake();
     }
 
     /// Asks storage and switch what they hold.
@@ -232,12 +266,8 @@ impl Agent {
 
     fn reconcile(&self, state: &State) {
         let view = Arc::new(host_view(state, self.context().host));
-        let steps = self.with_world(|world| {
-            let Some(observed) = world.observed(&view) else { return Vec::new() };
-            let steps = plan(&view, &observed);
-            steps.into_iter().filter(|step| world.take(step)).collect::<Vec<_>>()
-        });
-        for step in steps {
+        let Some(observed) = self.with_world(|world| world.observed(&view)) else { return };
+        for step in self.with_core(|core| core.steps(&view, &observed, lease::now())) {
             tokio::spawn(self.clone().perform(step, Arc::clone(&view)));
         }
     }
@@ -250,7 +280,8 @@ impl Agent {
             Ok(()) => debug!(?step, ms, "agent: step done"),
             Err(error) => warn!(?step, ms, error = %format!("{error:#}"), "agent: step failed"),
         }
-        self.with_world(|world| world.done(&step, result.is_ok()));
+        let result = result.map_err(|error| format!("{error:#}"));
+        self.with_core(|core| core.done(&step, result, lease::now()));
         self.wake();
     }
 

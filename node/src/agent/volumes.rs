@@ -66,7 +66,7 @@ impl Agent {
         let plugged = self.blocking(move |agent| agent.plug(&server, &wanted)).await;
         match plugged {
             Ok(()) => self.report_plugged(attachment).await,
-            Err(error) if self.with_world(|world| world.failures(step)) >= PLUG_TRIES => {
+            Err(error) if self.failures(step) >= PLUG_TRIES => {
                 self.report(volume(VolumeCommand::AttachFailed {
                     volume_id: attachment.volume.clone(),
                     generation: attachment.generation,
@@ -118,6 +118,52 @@ impl Agent {
         added.context("the VMM did not take the disk")?;
         self.with_world(|world| world.refresh_guest(server));
         Ok(())
+    }
+
+    /// Another connection for a running guest whose own was lost: its requests wait for it.
+    pub(super) async fn reconnect_volume(
+        &self,
+        server: &ServerId,
+        attachment: &AttachmentView,
+    ) -> Result<()> {
+        let (server, lost) = (server.clone(), attachment.clone());
+        self.blocking(move |agent| {
+            let home = lost.home.as_ref().context("the volume came home")?;
+            let home = Peer { address: home.address, server_name: home.server_name.clone() };
+            let attachment = Attachment {
+                volume_id: lost.volume.to_string(),
+                server_id: server.to_string(),
+                generation: lost.generation,
+                read_only: false,
+            };
+            let disk = agent.storage()?.connect_volume(attachment, lost.size_bytes, home)?;
+            let replaced =
+                agent.vmm(&server)?.replace_disk(&disk_id(&lost.volume), disk.descriptor.as_fd());
+            replaced.context("the VMM did not take the connection")?;
+            agent.with_world(|world| world.refresh_guest(&server));
+            Ok(())
+        })
+        .await
+    }
+
+    /// Takes a disk from a guest that the state no longer gives it; its gate has cut it off.
+    pub(super) async fn unplug_lost(&self, server: &ServerId, volume: &VolumeId) -> Result<()> {
+        let (server, volume) = (server.clone(), volume.clone());
+        self.blocking(move |agent| {
+            match agent.vmm(&server)?.remove_disk(&disk_id(&volume)) {
+                Err(ControlError::Refused { kind, .. }) if kind == "not_found" => {}
+                removed => removed.context("the guest keeps the disk")?,
+            }
+            match agent.storage()?.disconnect_volume(volume.as_str(), server.as_str()) {
+                Err(error) if !matches!(error.kind, ErrorKind::NotFound | ErrorKind::Stale) => {
+                    return Err(error.into());
+                }
+                _ => {}
+            }
+            agent.with_world(|world| world.refresh_guest(&server));
+            Ok(())
+        })
+        .await
     }
 
     fn opened_here(&self, server: &ServerId, wanted: &AttachmentView) {

@@ -3,18 +3,17 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
 use controller::api::SubState;
 use controller::ids::{PortId, ServerId, VolumeId};
-use controller::plan::Step;
 use controller::plan::observed::{self, GuestState, Observed};
 use controller::plan::view::{HostView, SwitchView};
 use tracing::warn;
 
 use super::directory::{GuestDirectory, Life, Record};
-use super::{GuestStatus, RETRY_FIRST, RETRY_LAST, StageTime};
+use super::{GuestStatus, StageTime};
 use crate::process::Held;
 
 /// Prefix of a volume's disk id in a VMM.
@@ -30,6 +29,8 @@ pub(super) struct Guest {
     pub(super) record: Record,
     pub(super) life: Observation,
     pub(super) volumes: BTreeSet<VolumeId>,
+    /// Those whose connection to another host is lost.
+    disconnected: BTreeSet<VolumeId>,
     /// What its start took, where this agent started it.
     stages: Vec<StageTime>,
 }
@@ -52,17 +53,10 @@ pub(super) struct World {
     programmed: Option<SwitchView>,
     attached: BTreeMap<PortId, u64>,
     rejected: Vec<netstack::control::RejectedPort>,
-    busy: BTreeSet<String>,
-    failed: BTreeMap<String, Failure>,
     /// Guests that are being started.
     pub(super) starting: BTreeMap<ServerId, SubState>,
     /// Number of the last program.
     pub(super) revision: u64,
-}
-
-struct Failure {
-    count: u32,
-    again: Instant,
 }
 
 impl World {
@@ -78,8 +72,6 @@ impl World {
             programmed: None,
             attached: BTreeMap::new(),
             rejected: Vec::new(),
-            busy: BTreeSet::new(),
-            failed: BTreeMap::new(),
             starting: BTreeMap::new(),
             revision: 0,
         };
@@ -90,8 +82,10 @@ impl World {
                 continue;
             };
             let id = ServerId(record.server_id.clone());
-            let (life, volumes) = observe(&directory, &record)?;
-            world.guests.insert(id, Guest { record, life, volumes, stages: Vec::new() });
+            let (life, disks) = observe(&directory, &record)?;
+            let mut guest = Guest::new(record, life);
+            guest.saw(disks);
+            world.guests.insert(id, guest);
         }
         Ok(world)
     }
@@ -147,15 +141,26 @@ impl World {
             guest.record = record;
         }
         match observe(&directory, &guest.record) {
-            Ok((life, volumes)) => (guest.life, guest.volumes) = (life, volumes),
+            Ok((life, disks)) => {
+                guest.life = life;
+                guest.saw(disks);
+            }
             Err(error) => warn!(server_id = %id, %error, "agent: cannot look at a guest"),
         }
     }
 
-    /// Looks anew at guests whose process has ended.
+    /// Servers whose guest runs or is being started.
+    pub(super) fn live_guests(&self) -> Vec<ServerId> {
+        let runs = |guest: &Guest| matches!(guest.life, Observation::Running(..));
+        let running = self.guests.iter().filter(|(_, guest)| runs(guest)).map(|(id, _)| id);
+        running.chain(self.starting.keys()).cloned().collect()
+    }
+
+    /// Looks anew at guests whose process has ended, and at those with volumes, whose connections
+    /// may be lost.
     pub(super) fn refresh_guests(&mut self) {
         let ended = self.guests.iter().filter(|(_, guest)| match &guest.life {
-            Observation::Running(held, _) => held.has_ended(),
+            Observation::Running(held, _) => held.has_ended() || !guest.volumes.is_empty(),
             _ => false,
         });
         for id in ended.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
@@ -217,43 +222,16 @@ impl World {
         self.images.remove(content);
         self.images_known.remove(content);
     }
-
-    /// Takes a step if nothing is under way on its subject and no retry is pending.
-    pub(super) fn take(&mut self, step: &Step) -> bool {
-        let subject = step.subject();
-        let waits = self.failed.get(&subject).is_some_and(|f| f.again > Instant::now());
-        !waits && self.busy.insert(subject)
-    }
-
-    /// A step has ended.
-    pub(super) fn done(&mut self, step: &Step, ok: bool) {
-        let subject = step.subject();
-        self.busy.remove(&subject);
-        if ok {
-            self.failed.remove(&subject);
-            return;
-        }
-        let count = self.failures(step);
-        let pause = RETRY_FIRST.saturating_mul(1 << count.min(10)).min(RETRY_LAST);
-        self.failed.insert(subject, Failure { count: count + 1, again: Instant::now() + pause });
-    }
-
-    /// How often steps on this subject have failed in a row.
-    pub(super) fn failures(&self, step: &Step) -> u32 {
-        self.failed.get(&step.subject()).map_or(0, |failure| failure.count)
-    }
-
-    /// Until the next retry is due.
-    pub(super) fn next_retry(&self) -> Option<Duration> {
-        let now = Instant::now();
-        let due = self.failed.values().map(|f| f.again).filter(|again| *again > now);
-        due.min().map(|again| again - now)
-    }
 }
 
 impl Guest {
     pub(super) fn new(record: Record, life: Observation) -> Guest {
-        Guest { record, life, volumes: BTreeSet::new(), stages: Vec::new() }
+        let (volumes, disconnected) = Default::default();
+        Guest { record, life, volumes, disconnected, stages: Vec::new() }
+    }
+
+    fn saw(&mut self, disks: Disks) {
+        (self.volumes, self.disconnected) = (disks.volumes, disks.disconnected);
     }
 
     fn observed(&self) -> observed::Guest {
@@ -265,6 +243,7 @@ impl Guest {
                 Observation::Absent => GuestState::Absent,
             },
             volumes: self.volumes.clone(),
+            disconnected: self.disconnected.clone(),
         }
     }
 
@@ -285,16 +264,27 @@ impl Guest {
     }
 }
 
-fn observe(
-    directory: &GuestDirectory,
-    record: &Record,
-) -> std::io::Result<(Observation, BTreeSet<VolumeId>)> {
+/// Volumes of a guest as its VMM tells of them.
+#[derive(Default)]
+struct Disks {
+    volumes: BTreeSet<VolumeId>,
+    disconnected: BTreeSet<VolumeId>,
+}
+
+fn observe(directory: &GuestDirectory, record: &Record) -> std::io::Result<(Observation, Disks)> {
+    let volumes = |disks: &[String]| {
+        let volumes = disks.iter().filter_map(|disk| disk.strip_prefix(VOLUME_DISK));
+        volumes.map(VolumeId::from).collect()
+    };
     Ok(match directory.life(record)? {
         Life::Running(status, process) => {
-            let disks = status.disks.iter().filter_map(|disk| disk.strip_prefix(VOLUME_DISK));
-            (Observation::Running(process, status.pid), disks.map(VolumeId::from).collect())
+            let disks = Disks {
+                volumes: volumes(&status.disks),
+                disconnected: volumes(&status.disks_disconnected),
+            };
+            (Observation::Running(process, status.pid), disks)
         }
-        Life::Ended(why) => (Observation::Ended(why), BTreeSet::new()),
-        Life::Absent => (Observation::Absent, BTreeSet::new()),
+        Life::Ended(why) => (Observation::Ended(why), Disks::default()),
+        Life::Absent => (Observation::Absent, Disks::default()),
     })
 }

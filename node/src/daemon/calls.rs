@@ -4,12 +4,13 @@ use super::Node;
 use crate::agent::CONSOLE_BYTES_MAX;
 use anyhow::{Context, Result, bail};
 use controller::ids::{HostId, ServerId};
+use controller::plan::leases::LEASE;
 use futures::future::{BoxFuture, FutureExt};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A question to another node.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -62,8 +63,13 @@ pub(super) enum PeerCall {
 pub(super) enum PeerAnswer {
     /// It is done.
     Done,
-    /// To a heartbeat: the hosts that are up.
-    Up(BTreeSet<HostId>),
+    /// To a heartbeat.
+    Heard {
+        /// The hosts that are up.
+        up: BTreeSet<HostId>,
+        /// The asking host's lease, where the leader proved that it leads.
+        lease: Option<Lease>,
+    },
     /// Whether the asking node is a host of the cluster.
     Standing {
         /// Whether.
@@ -85,6 +91,15 @@ pub(super) enum PeerAnswer {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct Refused(String);
+
+/// A lease: from when the host asked, once its state has reached `index`.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Lease {
+    /// What the host's state must have reached.
+    pub(super) index: u64,
+    /// How long it lasts.
+    pub(super) ms: u64,
+}
 
 impl PeerCall {
     /// Its bytes.
@@ -156,8 +171,10 @@ async fn answer(node: &Arc<Node>, peer: raft::NodeId, call: PeerCall) -> Result<
             Ok(PeerAnswer::Done)
         }
         PeerCall::Heartbeat => {
-            node.heartbeats.hear(HostId(peer), Instant::now());
-            Ok(PeerAnswer::Up(node.liveness()?.up))
+            let (liveness, index) = node.hear(HostId(peer)).await?;
+            let ms = u64::try_from(LEASE.as_millis()).unwrap_or(u64::MAX);
+            let lease = index.map(|index| Lease { index, ms });
+            Ok(PeerAnswer::Heard { up: liveness.up, lease })
         }
         PeerCall::Console { server } => Ok(PeerAnswer::Console(node.console(server).await?)),
         PeerCall::SubState { server } => {
@@ -201,7 +218,7 @@ impl Node {
     /// The hosts that are up, as far as this node knows.
     pub(super) fn liveness(&self) -> Result<controller::plan::Liveness> {
         let state = self.raft()?.view();
-        Ok(self.heartbeats.liveness(state.cluster.hosts.keys().copied(), Instant::now()))
+        Ok(self.heartbeats.liveness(state.cluster.hosts.keys().copied()))
     }
 
     /// The end of the console of a guest on this host.

@@ -14,6 +14,7 @@ mod heartbeat;
 mod https;
 mod images;
 mod join_service;
+mod leader;
 mod liveness;
 pub(crate) mod local;
 mod machine;

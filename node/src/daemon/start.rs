@@ -8,8 +8,8 @@ use super::cloud::NodeCloud;
 use super::prepare::Placing;
 use super::processes::Supervised;
 use super::{
-    Node, checks, heartbeat, https, join_service, local, membership, redundancy, replacement,
-    standing,
+    Node, checks, heartbeat, https, join_service, leader, local, membership, redundancy,
+    replacement, standing,
 };
 use crate::agent::{self, Agent};
 use crate::cli::storage::StorageFile;
@@ -98,9 +98,9 @@ pub(super) async fn start(
     let api = tokio::spawn(https::serve(listener, tls(&node)?, router(&node)?, stopping.clone()));
     tokio::spawn(heartbeat::run(Arc::clone(&node)));
     tokio::spawn(replacement::run(Arc::clone(&node)));
-    tokio::spawn(replacement::run(Arc::clone(&node)));
     tokio::spawn(redundancy::run(Arc::clone(&node)));
     tokio::spawn(standing::watch(Arc::clone(&node)));
+    tokio::spawn(leader::run(Arc::clone(&node)));
     let failures = node.raft()?.failure();
 
     let mut ended = node.ended.subscribe();
@@ -128,13 +128,14 @@ fn node(
         switch_process(&config, &directory, &runtime_directory)?,
         storage_process(&config, &directory, &runtime_directory)?,
     ];
+    let heartbeats = super::liveness::Heartbeats::open(directory.root())?;
     Ok(Node {
         config,
         directory,
         runtime_directory,
         secrets,
         sealer,
-        heartbeats: Default::default(),
+        heartbeats,
         raft: OnceLock::new(),
         agent: OnceLock::new(),
         supervised,
@@ -229,6 +230,7 @@ async fn start_agent(node: &Arc<Node>, executables: &Executables) -> Result<()> 
         switch: super::switch_socket(&node.runtime_directory),
         spawner,
         sealer: node.sealer.clone(),
+        lease: node.heartbeats.page(),
     })?;
     node.agent.set(agent).map_err(|_| anyhow!("the agent was started twice"))
 }

@@ -14,9 +14,12 @@ pub(super) fn status(node: &Node) -> Value {
     if let Ok(agent) = node.agent() {
         status["guests"] = serde_json::to_value(agent.guests()).unwrap_or_default();
         status["sandbox"] = agent.sandbox().into();
+        status["reconcilers"] = serde_json::to_value(agent.reconcilers()).unwrap_or_default();
     } else {
         status["guests"] = json!([]);
     }
+    let left = node.heartbeats.page().writes_until().saturating_sub(abi::lease::now());
+    status["lease_ms"] = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).into();
     status
 }
 
