@@ -89,7 +89,7 @@ fn a_dead_node_is_replaced_and_no_other_guest_is_harmed() -> Result<()> {
     ensure!(guests.iter().all(|guests| guests.len() == 1), "{guests:?}");
 
     hosts[2].lose()?;
-    hosts[0].until("node3 to be down", |status| {
+    hosts[1].until("node3 to be down", |status| {
         rows(status, "hosts").any(|host| host["id"] == 3 && host["up"] == false)
     })?;
     let token = hosts[1].trine(&["cluster", "replace", "node3"])?;
