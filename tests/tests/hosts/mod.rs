@@ -1,5 +1,7 @@
 //! Hosts on loopback addresses, each with its own data directory, run by the commands that an
 //! operator of real hosts types.
+// Each test uses its part.
+#![allow(dead_code)]
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -215,6 +217,13 @@ impl Host {
             process.wait()?;
         }
         Ok(())
+    }
+
+    /// A signal to the node process alone.
+    pub(crate) fn signal_node(&self, signal: rustix::process::Signal) -> Result<()> {
+        let process = self.process.as_ref().context("it runs")?;
+        let pid = rustix::process::Pid::from_child(process);
+        Ok(rustix::process::kill_process(pid, signal)?)
     }
 
     /// SIGTERM to the node process alone.
