@@ -11,12 +11,12 @@ use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt, stream::FuturesOrdered};
 use openraft::async_runtime::watch::WatchReceiver;
-use tokio::time::{Instant, sleep};
 
 use crate::{
     NodeId, StateMachine,
     codec::{Decoder, Encoder},
     node::Core,
+    runtime::{now, sleep, unix_ms},
     transport::{Kind, client::Lane},
 };
 
@@ -102,14 +102,14 @@ impl<S: StateMachine> Core<S> {
     /// Asks one voter what its clock shows, and compares it with ours halfway between question and
     /// answer.
     async fn read_clock(&self, voter: NodeId) -> Option<Reading> {
-        let (asked, asked_ms) = (Instant::now(), crate::proposals::unix_ms());
+        let (asked, asked_ms) = (now(), unix_ms());
         let deadline = asked + ANSWER_TIMEOUT;
         let answer =
             self.ask(voter, Lane::Forward, Kind::Clock, Vec::new(), deadline).await.ok()?;
         let mut body = Decoder(&answer);
         let (theirs_ms, may_lead) = (body.u64().ok()?, body.bool().ok()?);
         body.end().ok()?;
-        let halfway_ms = u64::try_from((asked.elapsed() / 2).as_millis()).unwrap_or(0);
+        let halfway_ms = u64::try_from(((now() - asked) / 2).as_millis()).unwrap_or(0);
         let ours_ms = asked_ms.saturating_add(halfway_ms);
         let ahead_ms = difference(theirs_ms, ours_ms);
         Some(Reading { voter, ahead_ms, may_lead })
@@ -118,7 +118,7 @@ impl<S: StateMachine> Core<S> {
     /// What a voter answers.
     pub(crate) fn handle_clock(&self) -> Vec<u8> {
         let mut body = Encoder::default();
-        body.u64(crate::proposals::unix_ms());
+        body.u64(unix_ms());
         body.u8(u8::from(self.healing.borrow().is_none()));
         body.0
     }

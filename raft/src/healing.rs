@@ -32,17 +32,15 @@
 use std::{sync::Arc, time::Duration};
 
 use openraft::async_runtime::watch::WatchReceiver;
-use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     StateMachine,
     codec::Encoder,
-    disk::HostDisk,
     node::Core,
     proposals::Attempt,
+    runtime::{blocking, now, sleep, timeout},
     transport::{Kind, client::Lane, server::stopped},
     types::LogId,
-    wal::recovery,
 };
 
 /// Pause before the leader is asked again.
@@ -56,6 +54,7 @@ pub(crate) async fn heal<S: StateMachine>(core: Arc<Core<S>>) {
     loop {
         let attempt = timeout(ATTEMPT_TIMEOUT, core.heal_once());
         let healed = tokio::select! {
+            biased;
             healed = attempt => healed,
             () = stopped(&mut stop) => return,
         };
@@ -65,6 +64,7 @@ pub(crate) async fn heal<S: StateMachine>(core: Arc<Core<S>>) {
             Err(_) => tracing::debug!("not healed yet: the leader's entries didn't come in time"),
         }
         tokio::select! {
+            biased;
             () = sleep(PAUSE) => {}
             () = stopped(&mut stop) => return,
         }
@@ -79,7 +79,7 @@ impl<S: StateMachine> Core<S> {
         let Some(leader) = self.leader().filter(|leader| *leader != self.config.node_id) else {
             return Err("no leader is known".to_owned());
         };
-        let deadline = Instant::now() + ATTEMPT_TIMEOUT;
+        let deadline = now() + ATTEMPT_TIMEOUT;
         let answer = self
             .ask(leader, Lane::Forward, Kind::LastLog, Vec::new(), deadline)
             .await
@@ -91,11 +91,8 @@ impl<S: StateMachine> Core<S> {
         };
         self.holds(target).await?;
         self.log.flushed().await.map_err(|error| error.to_string())?;
-        let directory = self.config.directory.clone();
-        tokio::task::spawn_blocking(move || recovery::note_healed(&HostDisk, &directory))
-            .await
-            .map_err(|error| error.to_string())?
-            .map_err(|error| error.to_string())
+        let note_healed = self.note_healed.clone();
+        blocking(move || note_healed()).await.map_err(|error| error.to_string())
     }
 
     /// Waits until the log holds an entry, or a snapshot past it.

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use crate::runtime::{sleep, timeout};
 use openraft::async_runtime::watch::WatchReceiver;
-use tokio::time::{sleep, timeout};
 
 use crate::{NodeId, Raft, StateMachine};
 

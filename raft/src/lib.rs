@@ -28,6 +28,9 @@ mod offline;
 mod proposals;
 mod reads;
 mod requests;
+mod runtime;
+#[cfg(feature = "sim")]
+pub mod sim;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim_disk;
 mod snapshot;
@@ -40,6 +43,7 @@ mod storage_suite;
 mod transport;
 mod types;
 mod wal;
+pub mod watch;
 
 use std::net::SocketAddr;
 

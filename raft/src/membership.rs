@@ -10,13 +10,13 @@ use std::{
 };
 
 use openraft::{ChangeMembers, async_runtime::watch::WatchReceiver};
-use tokio::time::Instant;
 
 use crate::{
     NodeId, Raft, StateMachine,
     codec::Encoder,
     node::Core,
     proposals::{Attempt, LeaderError, write_failed},
+    runtime::now,
     transport::{Kind, TransportError, client::Lane, server::stopped},
     types::{Incarnation, MemberNode},
 };
@@ -67,7 +67,7 @@ impl<S: StateMachine> Raft<S> {
     pub async fn remove_voter(&self, id: NodeId) -> Result<(), RemoveVoterError> {
         let core = &self.core;
         let waited = core.config.propose_deadline;
-        let deadline = Instant::now() + waited;
+        let deadline = now() + waited;
         let result = core
             .on_leader(deadline, |leader| async move {
                 if leader == core.config.node_id {
@@ -201,7 +201,7 @@ impl<S: StateMachine> Core<S> {
 
     /// What a member says of itself.
     pub(crate) async fn describe(&self, member: NodeId) -> Result<Description, TransportError> {
-        let deadline = Instant::now() + DESCRIBE_TIMEOUT;
+        let deadline = now() + DESCRIBE_TIMEOUT;
         let answer = self.ask(member, Lane::Forward, Kind::Describe, Vec::new(), deadline).await?;
         decode_description(&answer)
     }
@@ -261,6 +261,7 @@ pub(crate) async fn watch_members<S: StateMachine>(core: Arc<Core<S>>) {
             }
         }
         tokio::select! {
+            biased;
             changed = metrics.changed() => if changed.is_err() { return },
             () = stopped(&mut stop) => return,
         }

@@ -16,45 +16,46 @@ use openraft::{
     async_runtime::watch::WatchReceiver,
     errors::{InitializeError, RaftError},
 };
-use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, watch},
-    task::JoinHandle,
-    time::{Instant, timeout},
-};
+use tokio::sync::Semaphore;
 
 use crate::{
     CALL_BYTES_MAX, CallError, Calls, Config, Member, MemberStatus, NodeId, Prepare, ProposeError,
     Proposed, SnapshotError, StateMachine, Status, TlsError, Unavailable, WalError,
     clocks::watch_clocks,
     codec::Encoder,
-    disk::HostDisk,
+    disk::{Disk, HostDisk},
     healing,
     log_store::{LOG_BYTES_TARGET, LogStore},
     membership, offline,
     proposals::{Attempt, LeaderError, PROPOSALS_MAX},
     reads::{self, Rounds},
     requests::Incoming,
-    snapshot::SnapshotFiles,
+    runtime::{JoinHandle, blocking, now, spawn, timeout},
+    snapshot::{SnapshotFiles, Snapshots},
     space,
     state_machine::{Machine, Published},
     storage,
     transport::{
         Kind,
+        channel::{Listener, Wire},
         client::{Lane, Peers},
         incarnations::{self, Incarnations},
         network::NetworkFactory,
         server,
         tls::TlsContext,
     },
-    types::{MemberNode, Types},
-    wal::{Identity, Opened, Wal},
+    types::{Incarnation, MemberNode, Types},
+    wal::{Identity, Opened, Recovered, Wal, Writer, recovery},
+    watch,
 };
 
 /// Entries sent in one append.
 const APPEND_ENTRIES_MAX: u64 = 512;
 /// How long installing a snapshot on a peer may take.
 const INSTALL_TIMEOUT_MS: u64 = 150_000;
+
+/// Writes to the directory that its log is whole again.
+pub(crate) type NoteHealed = dyn Fn() -> io::Result<()> + Send + Sync;
 
 pub(crate) type OpenRaft<S> = openraft::Raft<Types, Machine<S>>;
 
@@ -142,6 +143,7 @@ pub(crate) struct Core<S: StateMachine> {
     failure: watch::Sender<Option<String>>,
     /// What the log lost, while this node abstains.
     pub(crate) healing: watch::Sender<Option<String>>,
+    pub(crate) note_healed: Arc<NoteHealed>,
     /// No voter has space for its log.
     pub(crate) refusing: AtomicBool,
     pub(crate) incarnations: Arc<Incarnations>,
@@ -183,16 +185,13 @@ impl<S: StateMachine> Raft<S> {
         calls: Arc<dyn Calls>,
     ) -> Result<Self, StartError> {
         let mut settings = openraft_config(&config)?;
-        let tls = Arc::new(TlsContext::new(config.cluster_id, &config.tls)?);
-        tls.check_own_name(&config.tls, config.node_id)?;
-        let (opened, files) = open_storage(&config).await?;
-        let recovered = opened.recovered;
-        let healing = watch::Sender::new(opened.healing);
-        let incarnations = Arc::new(Incarnations::new(opened.incarnation));
-        opened.wal.start_thread(opened.writer)?;
-        let wal = Arc::new(opened.wal);
-        let (listener, listen) = bind(config.listen).await?;
-        let peers = Peers::new(config.node_id, tls.clone(), incarnations.clone());
+        let wire = Arc::new(wire(&config)?);
+        let storage = open_storage(&config).await?;
+        let Storage { wal, recovered, files, note_healed, .. } = storage;
+        let healing = watch::Sender::new(storage.healing);
+        let incarnations = Arc::new(Incarnations::new(storage.incarnation));
+        let (listener, listen) = bind(&wire, config.listen).await?;
+        let peers = Peers::new(config.node_id, wire.clone(), incarnations.clone());
         let machine = Machine::new(initial, files);
         let published = machine.published();
         let network = NetworkFactory {
@@ -221,6 +220,7 @@ impl<S: StateMachine> Raft<S> {
             incoming: Mutex::default(),
             failure: watch::Sender::new(None),
             healing,
+            note_healed,
             refusing: AtomicBool::new(false),
             incarnations: incarnations.clone(),
             log: log.clone(),
@@ -229,16 +229,16 @@ impl<S: StateMachine> Raft<S> {
             server: Mutex::default(),
         });
         let me = (core.config.node_id, incarnations);
-        let serving = server::serve(listener, tls, me, core.clone(), core.stop.subscribe());
-        *lock(&core.server) = Some(tokio::spawn(serving));
-        tokio::spawn(watch_failure(core.clone()));
-        tokio::spawn(watch_size(core.clone(), log));
-        tokio::spawn(membership::watch_members(core.clone()));
-        tokio::spawn(space::watch_space(core.clone()));
+        let serving = server::serve(listener, wire, me, core.clone(), core.stop.subscribe());
+        *lock(&core.server) = Some(spawn(serving));
+        drop(spawn(watch_failure(core.clone())));
+        drop(spawn(watch_size(core.clone(), log)));
+        drop(spawn(membership::watch_members(core.clone())));
+        drop(spawn(space::watch_space(core.clone())));
         if core.healing.borrow().is_some() {
-            tokio::spawn(healing::heal(core.clone()));
+            drop(spawn(healing::heal(core.clone())));
         }
-        tokio::spawn(watch_clocks(core.clone()));
+        drop(spawn(watch_clocks(core.clone())));
         Ok(Self { core })
     }
 
@@ -266,7 +266,7 @@ impl<S: StateMachine> Raft<S> {
         // The leader asks the node itself which directory it runs on.
         let node = MemberNode::new(&member, incarnations::NONE);
         let waited = core.config.propose_deadline;
-        let deadline = Instant::now() + waited;
+        let deadline = now() + waited;
         let result = core
             .on_leader(deadline, |leader| {
                 let node = node.clone();
@@ -409,7 +409,11 @@ impl<S: StateMachine> Raft<S> {
         }
         core.peers.close();
         let wal = core.wal.clone();
-        let _ = tokio::task::spawn_blocking(move || wal.close()).await;
+        let closing = move || {
+            wal.close();
+            Ok(())
+        };
+        let _ = blocking(closing).await;
     }
 }
 
@@ -472,6 +476,7 @@ async fn watch_failure<S: StateMachine>(core: Arc<Core<S>>) {
             return;
         }
         tokio::select! {
+            biased;
             changed = metrics.changed() => if changed.is_err() { return },
             () = server::stopped(&mut stop) => return,
         }
@@ -486,6 +491,7 @@ async fn watch_size<S: StateMachine>(core: Arc<Core<S>>, log: LogStore) {
     let mut asked_at: Option<u64> = None;
     loop {
         tokio::select! {
+            biased;
             changed = applied.changed() => if changed.is_err() { return },
             () = server::stopped(&mut stop) => return,
         }
@@ -536,25 +542,72 @@ fn openraft_config(config: &Config) -> Result<openraft::Config, StartError> {
     settings.validate().map_err(|error| StartError::Config(error.to_string()))
 }
 
-async fn open_storage(
-    config: &Config,
-) -> Result<(Opened<HostDisk>, SnapshotFiles<HostDisk>), StartError> {
-    let identity = Identity { cluster_id: config.cluster_id, node_id: config.node_id };
-    let directory = config.directory.clone();
-    let opening = move || {
-        let fresh_incarnation =
-            offline::random_id().map_err(|error| StartError::Config(error.to_string()))?;
-        storage::open(HostDisk, identity, directory, fresh_incarnation)
-    };
-    tokio::task::spawn_blocking(opening)
-        .await
-        .unwrap_or_else(|error| Err(StartError::Restore(error.to_string())))
+/// A node's directory, opened.
+struct Storage {
+    wal: Arc<Wal>,
+    recovered: Recovered,
+    healing: Option<String>,
+    incarnation: Incarnation,
+    files: Arc<dyn Snapshots>,
+    note_healed: Arc<NoteHealed>,
 }
 
-async fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+impl Storage {
+    /// What was opened, once its writer runs.
+    fn new<D: Disk>(
+        config: &Config,
+        disk: D,
+        (opened, files): (Opened<D>, SnapshotFiles<D>),
+        start: impl FnOnce(&Wal, Writer<D>) -> Result<(), StartError>,
+    ) -> Result<Self, StartError> {
+        start(&opened.wal, opened.writer)?;
+        let directory = config.directory.clone();
+        Ok(Self {
+            wal: Arc::new(opened.wal),
+            recovered: opened.recovered,
+            healing: opened.healing,
+            incarnation: opened.incarnation,
+            files: Arc::new(files),
+            note_healed: Arc::new(move || recovery::note_healed(&disk, &directory)),
+        })
+    }
+}
+
+async fn open_storage(config: &Config) -> Result<Storage, StartError> {
+    let identity = Identity { cluster_id: config.cluster_id, node_id: config.node_id };
+    let directory = config.directory.clone();
+    #[cfg(feature = "sim")]
+    if let (Some(disk), Some(fresh)) = (crate::sim::disk(), crate::sim::random_id()) {
+        let opened = storage::open(disk.clone(), identity, directory, fresh)?;
+        return Storage::new(config, disk, opened, |_, writer| {
+            drop(spawn(writer.run_as_task(crate::sim::disk_pause)));
+            Ok(())
+        });
+    }
+    let opening = move || {
+        Ok(offline::random_id()
+            .map_err(|error| StartError::Config(error.to_string()))
+            .and_then(|fresh| storage::open(HostDisk, identity, directory, fresh)))
+    };
+    let opened = blocking(opening).await;
+    let opened = opened.map_err(|error| StartError::Restore(error.to_string()))??;
+    Storage::new(config, HostDisk, opened, |wal, writer| Ok(wal.start_thread(writer)?))
+}
+
+fn wire(config: &Config) -> Result<Wire, StartError> {
+    #[cfg(feature = "sim")]
+    if crate::sim::is_running() {
+        return Ok(Wire::Simulated { cluster_id: config.cluster_id });
+    }
+    let tls = TlsContext::new(config.cluster_id, &config.tls)?;
+    tls.check_own_name(&config.tls, config.node_id)?;
+    Ok(Wire::Tls(tls))
+}
+
+async fn bind(wire: &Wire, address: SocketAddr) -> Result<(Listener, SocketAddr), StartError> {
     let listen = |source| StartError::Listen { address, source };
-    let listener = TcpListener::bind(address).await.map_err(listen)?;
-    let bound = listener.local_addr().map_err(listen)?;
+    let listener = Listener::bind(wire, address).await.map_err(listen)?;
+    let bound = listener.address().map_err(listen)?;
     Ok((listener, bound))
 }
 

@@ -3,19 +3,19 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use openraft::{
     async_runtime::watch::WatchReceiver,
     errors::{ClientWriteError, RaftError},
 };
-use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use crate::{
     COMMAND_BYTES_MAX, NodeId, StateMachine,
     codec::{DecodeError, Decoder, Encoder},
     node::Core,
+    runtime::{Instant, now, sleep, sleep_until, timeout_at, unix_ms},
     transport::{Kind, TransportError, chain, client::Lane, server::stopped},
     types::Command,
 };
@@ -156,7 +156,7 @@ impl<S: StateMachine> Core<S> {
             if let Some(stopped) = self.stopped() {
                 return Err(LeaderError::Stopped(stopped));
             }
-            if Instant::now() >= deadline {
+            if now() >= deadline {
                 return Err(LeaderError::Deadline(reason));
             }
             let Some(leader) = hint.take().or_else(|| self.leader()) else {
@@ -195,6 +195,7 @@ impl<S: StateMachine> Core<S> {
         let appears = async {
             while metrics.borrow_watched().current_leader.is_none() {
                 tokio::select! {
+                    biased;
                     changed = metrics.changed() => if changed.is_err() { return },
                     () = stopped(&mut stop) => return,
                 }
@@ -232,7 +233,7 @@ impl<S: StateMachine> Core<S> {
         }
         let _permit = self.proposals.try_acquire().map_err(|_| ProposeError::Overloaded)?;
         let waited = self.config.propose_deadline;
-        let deadline = Instant::now() + waited;
+        let deadline = now() + waited;
         let proposed = self
             .on_leader(deadline, |leader| {
                 self.propose_to(leader, command_id, command.clone(), deadline)
@@ -314,12 +315,6 @@ impl<S: StateMachine> Core<S> {
         let now_ms = unix_ms();
         self.clock_ms.fetch_max(now_ms, Ordering::Relaxed).max(now_ms)
     }
-}
-
-/// The wall clock in milliseconds since the Unix epoch.
-pub(crate) fn unix_ms() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a failed write to openraft means for the caller's next step.

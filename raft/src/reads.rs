@@ -9,15 +9,13 @@ use openraft::{
     async_runtime::watch::WatchReceiver,
     errors::{LinearizableReadError, RaftError},
 };
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::{Instant, timeout_at},
-};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     NodeId, StateMachine,
     node::{Core, OpenRaft},
     proposals::{Attempt, LeaderError},
+    runtime::{Instant, now, spawn, timeout, timeout_at},
     transport::{
         Kind,
         client::{Lane, Peers},
@@ -51,20 +49,20 @@ impl Rounds {
         A: Future<Output = Attempt<u64>> + Send,
     {
         let (waiting, mut callers) = mpsc::channel::<oneshot::Sender<_>>(READERS_MAX);
-        tokio::spawn(async move {
+        drop(spawn(async move {
             while let Some(first) = callers.recv().await {
                 let mut sharing = vec![first];
                 while let Ok(next) = callers.try_recv() {
                     sharing.push(next);
                 }
-                let result = tokio::time::timeout(ROUND_TIMEOUT, run())
+                let result = timeout(ROUND_TIMEOUT, run())
                     .await
                     .unwrap_or_else(|_| Attempt::Retry("the round took too long".to_owned()));
                 for caller in sharing {
                     let _ = caller.send(result.clone());
                 }
             }
-        });
+        }));
         Self { waiting }
     }
 
@@ -137,7 +135,7 @@ async fn ask_leader<S: StateMachine>(
 impl<S: StateMachine> Core<S> {
     pub(crate) async fn read(self: &Arc<Self>) -> Result<S::View, Unavailable> {
         let waited = self.config.read_deadline;
-        let deadline = Instant::now() + waited;
+        let deadline = now() + waited;
         let index = self
             .on_leader(deadline, |leader| {
                 let rounds = if leader == self.config.node_id {

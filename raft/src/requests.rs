@@ -11,13 +11,13 @@ use openraft::{
     async_runtime::watch::WatchReceiver,
     raft::{AppendEntriesResponse, StreamAppendError, TransferLeaderRequest},
 };
-use tokio::time::{Instant, timeout};
 
 use crate::{
     NodeId, StateMachine,
     codec::{Decoder, Encoder},
     node::Core,
     proposals::Attempt,
+    runtime::{Instant, now, spawn, timeout},
     snapshot::SNAPSHOT_BYTES_MAX,
     transport::TransportError,
     transport::{Kind, client::Lane, server::Requests},
@@ -89,7 +89,7 @@ impl<S: StateMachine> Requests for Core<S> {
     fn peer_connected(&self, peer: NodeId) {
         self.peers.forget_backoff(peer);
         let raft = self.raft.clone();
-        tokio::spawn(async move { raft.trigger().reset_backoff([peer]).await });
+        drop(spawn(async move { raft.trigger().reset_backoff([peer]).await }));
     }
 }
 
@@ -251,7 +251,7 @@ impl<S: StateMachine> Core<S> {
         let Some(address) = self.address_of(member) else {
             return Err(TransportError::Refused(format!("node {member} is not a member")));
         };
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = openraft::Instant::saturating_duration_since(&deadline, now());
         self.peers.link(member, address, lane).request(kind, body, left).await
     }
 

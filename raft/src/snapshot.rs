@@ -59,6 +59,24 @@ pub(crate) struct SnapshotFiles<D> {
     identity: Identity,
 }
 
+/// Where the state machine keeps its snapshots, whatever disk that is on.
+pub(crate) trait Snapshots: Send + Sync + 'static {
+    /// Makes a snapshot durable.
+    fn save(&self, meta: &SnapshotMeta, data: &SnapshotData) -> Result<(), SnapshotError>;
+    /// The newest one that can be read.
+    fn newest(&self) -> Result<Option<Snapshot>, SnapshotError>;
+}
+
+impl<D: Disk> Snapshots for SnapshotFiles<D> {
+    fn save(&self, meta: &SnapshotMeta, data: &SnapshotData) -> Result<(), SnapshotError> {
+        SnapshotFiles::save(self, meta, data)
+    }
+
+    fn newest(&self) -> Result<Option<Snapshot>, SnapshotError> {
+        SnapshotFiles::newest(self)
+    }
+}
+
 impl<D: Disk> SnapshotFiles<D> {
     pub(crate) fn open(
         disk: D,

@@ -7,9 +7,13 @@ use std::{
 };
 
 use openraft::async_runtime::watch::WatchReceiver;
-use tokio::time::{sleep, timeout};
 
-use crate::{NodeId, StateMachine, node::Core, transport::server::stopped};
+use crate::{
+    NodeId, StateMachine,
+    node::Core,
+    runtime::{sleep, timeout},
+    transport::server::stopped,
+};
 
 /// Pause between two looks for a successor.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -33,6 +37,7 @@ pub(crate) async fn watch_space<S: StateMachine>(core: Arc<Core<S>>) {
             core.refusing.store(false, Ordering::Relaxed);
         }
         tokio::select! {
+            biased;
             changed = no_space.changed() => if changed.is_err() { return },
             () = sleep(PAUSE), if missing => {}
             () = stopped(&mut stop) => return,

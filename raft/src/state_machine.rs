@@ -12,18 +12,18 @@ use openraft::{
     EntryPayload, OptionalSend, RaftSnapshotBuilder,
     storage::{ApplyResponder, EntryResponder, RaftStateMachine},
 };
-use tokio::sync::watch;
 
 use crate::{
     Entry, NodeId, SnapshotError, StateMachine,
     codec::REMOVED_MAX,
-    disk::HostDisk,
-    snapshot::{SNAPSHOT_BYTES_MAX, SnapshotFiles},
+    runtime::{blocking, sleep},
+    snapshot::{SNAPSHOT_BYTES_MAX, Snapshots},
     types::{
         Command, LogEntry, LogId, Membership, Snapshot, SnapshotData, SnapshotMeta,
         StoredMembership, Types,
     },
     wal::{SPACE_PAUSE, is_no_space},
+    watch,
 };
 
 /// A state with where in the log it is.
@@ -74,11 +74,11 @@ pub(crate) struct Machine<S: StateMachine> {
     removed: Arc<BTreeSet<NodeId>>,
     time_ms: u64,
     published: Arc<Published<S>>,
-    files: SnapshotFiles<HostDisk>,
+    files: Arc<dyn Snapshots>,
 }
 
 impl<S: StateMachine> Machine<S> {
-    pub(crate) fn new(state: S, files: SnapshotFiles<HostDisk>) -> Self {
+    pub(crate) fn new(state: S, files: Arc<dyn Snapshots>) -> Self {
         let picture = Picture {
             view: state.view(),
             last_applied: None,
@@ -216,7 +216,7 @@ impl<S: StateMachine> RaftStateMachine<Types> for Machine<S> {
 /// Writes one view as a snapshot file while `apply` goes on.
 pub(crate) struct Builder<S: StateMachine> {
     picture: Picture<S::View>,
-    files: SnapshotFiles<HostDisk>,
+    files: Arc<dyn Snapshots>,
 }
 
 impl<S: StateMachine> RaftSnapshotBuilder<Types> for Builder<S> {
@@ -255,7 +255,7 @@ impl<S: StateMachine> Builder<S> {
 /// Saves a snapshot; waits for space as long as there is none, because openraft stops a node whose
 /// snapshot fails, and a full disk must not.
 async fn saved(
-    files: &SnapshotFiles<HostDisk>,
+    files: &Arc<dyn Snapshots>,
     meta: &SnapshotMeta,
     data: &SnapshotData,
 ) -> io::Result<()> {
@@ -264,15 +264,9 @@ async fn saved(
         match blocking(move || Ok(files.save(&meta, &data))).await? {
             Err(SnapshotError::Io { source, path, .. }) if is_no_space(&source) => {
                 tracing::error!(path = %path.display(), "a snapshot waits for space");
-                tokio::time::sleep(SPACE_PAUSE).await;
+                sleep(SPACE_PAUSE).await;
             }
             result => return result.map_err(io::Error::other),
         }
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }

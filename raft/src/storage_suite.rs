@@ -1,5 +1,7 @@
 //! openraft's own test suite of log storage and state machine, on real files.
 
+use std::sync::Arc;
+
 use openraft::{
     StorageError,
     testing::log::{StoreBuilder, Suite},
@@ -60,7 +62,7 @@ impl StoreBuilder<Types, LogStore, Machine<Indexes>, TempDir> for Files {
         let files = SnapshotFiles::open(HostDisk, directory.path().join("snapshots"), identity)
             .expect("open");
         let log = LogStore::new(opened.wal.into(), opened.recovered);
-        Ok((directory, log, Machine::new(Indexes(Vec::new()), files)))
+        Ok((directory, log, Machine::new(Indexes(Vec::new()), Arc::new(files))))
     }
 }
 

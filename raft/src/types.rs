@@ -14,6 +14,7 @@ openraft::declare_raft_types!(
         D = Command,
         R = Vec<u8>,
         Node = MemberNode,
+        AsyncRuntime = crate::runtime::Runtime,
 );
 
 pub(crate) type LeaderId = leader_id_adv::LeaderId<u64, NodeId>;

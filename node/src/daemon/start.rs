@@ -35,7 +35,7 @@ const HAND_OVER_WITHIN: Duration = Duration::from_secs(2);
 pub(super) struct Running {
     node: Arc<Node>,
     api: JoinHandle<()>,
-    failures: watch::Receiver<Option<String>>,
+    failures: raft::watch::Receiver<Option<String>>,
 }
 
 impl Running {

@@ -1,7 +1,7 @@
 //! Connections to peers: opened when needed, kept, and opened again with growing pauses.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -10,24 +10,19 @@ use std::{
     time::Duration,
 };
 
-use tokio::{
-    io::BufReader,
-    net::TcpStream,
-    sync::{Mutex as AsyncMutex, mpsc, oneshot},
-    task::AbortHandle,
-    time::{Instant, timeout},
-};
-use tokio_rustls::client::TlsStream;
+use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use super::{
     CONNECT_TIMEOUT, CallError, Kind, PROTOCOL_VERSION, TransportError,
-    frame::{self, FRAME_BYTES_MAX, Frame, OUTGOING_FRAMES_MAX},
+    channel::{Channel, Sink, Source, TlsChannel, Wire, connect_error},
+    frame::{FRAME_BYTES_MAX, Frame, OUTGOING_FRAMES_MAX},
     incarnations::{self, Incarnations},
     tls::TlsContext,
 };
 use crate::{
     CALL_BYTES_MAX, NodeId, Tls,
     codec::{DecodeError, Decoder, Encoder},
+    runtime::{Instant, Tasks, now, timeout},
     types::Incarnation,
 };
 
@@ -37,10 +32,9 @@ const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// Requests that wait for an answer on one connection.
 const IN_FLIGHT_MAX: usize = 1_024;
-const READ_BUFFER_BYTES: usize = 64 << 10;
 
 /// Which of a peer's connections: what waits on one never delays the others.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Lane {
     /// Votes, appends and heartbeats.
     Consensus,
@@ -53,18 +47,14 @@ pub(crate) enum Lane {
 /// All links of a node.
 pub(crate) struct Peers {
     me: NodeId,
-    tls: Arc<TlsContext>,
+    wire: Arc<Wire>,
     pub(crate) incarnations: Arc<Incarnations>,
-    links: Mutex<HashMap<(NodeId, Lane), Arc<Link>>>,
+    links: Mutex<BTreeMap<(NodeId, Lane), Arc<Link>>>,
 }
 
 impl Peers {
-    pub(crate) fn new(
-        me: NodeId,
-        tls: Arc<TlsContext>,
-        incarnations: Arc<Incarnations>,
-    ) -> Arc<Self> {
-        Arc::new(Self { me, tls, incarnations, links: Mutex::default() })
+    pub(crate) fn new(me: NodeId, wire: Arc<Wire>, incarnations: Arc<Incarnations>) -> Arc<Self> {
+        Arc::new(Self { me, wire, incarnations, links: Mutex::default() })
     }
 
     /// The link to a peer; a changed address replaces the link.
@@ -77,7 +67,7 @@ impl Peers {
                     me: self.me,
                     peer,
                     address,
-                    tls: self.tls.clone(),
+                    wire: self.wire.clone(),
                     incarnations: self.incarnations.clone(),
                     state: AsyncMutex::default(),
                     current: Mutex::default(),
@@ -108,7 +98,7 @@ pub(crate) struct Link {
     me: NodeId,
     peer: NodeId,
     address: SocketAddr,
-    tls: Arc<TlsContext>,
+    wire: Arc<Wire>,
     incarnations: Arc<Incarnations>,
     /// Held while connecting, so that only one attempt runs.
     state: AsyncMutex<Attempts>,
@@ -133,14 +123,14 @@ impl Link {
             return Ok(open);
         }
         let retry_at = *lock(&self.retry_at);
-        if retry_at.is_some_and(|at| Instant::now() < at) {
+        if retry_at.is_some_and(|at| now() < at) {
             return Err(TransportError::Backoff {
                 address: self.address,
                 reason: attempts.reason.clone(),
             });
         }
         let expected = Some((self.peer, &*self.incarnations));
-        let attempt = Connection::open(&self.tls, self.me, expected, self.address).await;
+        let attempt = Connection::open(&self.wire, self.me, expected, self.address).await;
         match attempt {
             Ok(connection) => {
                 *attempts = Attempts::default();
@@ -153,7 +143,7 @@ impl Link {
                 let pause = BACKOFF_MAX.min(BACKOFF_MIN * 2u32.pow(attempts.failures.min(8)));
                 attempts.failures = attempts.failures.saturating_add(1);
                 attempts.reason = super::chain(&error);
-                *lock(&self.retry_at) = Some(Instant::now() + pause);
+                *lock(&self.retry_at) = Some(now() + pause);
                 Err(error)
             }
         }
@@ -179,7 +169,7 @@ impl Link {
     }
 }
 
-type Waiting = HashMap<u64, oneshot::Sender<Frame>>;
+type Waiting = BTreeMap<u64, oneshot::Sender<Frame>>;
 
 /// One connection: many requests at a time, answered in any order.
 pub(crate) struct Connection {
@@ -187,36 +177,56 @@ pub(crate) struct Connection {
     /// `None` once the connection is closed.
     waiting: Arc<Mutex<Option<Waiting>>>,
     next_request: AtomicU64,
-    reader: AbortHandle,
+    /// Reading and writing end with the connection.
+    _tasks: Tasks,
 }
 
 impl Connection {
     pub(crate) async fn open(
-        tls: &TlsContext,
+        wire: &Wire,
         me: NodeId,
         expected: Option<(NodeId, &Incarnations)>,
         address: SocketAddr,
     ) -> Result<Self, TransportError> {
-        timeout(CONNECT_TIMEOUT, Self::open_inner(tls, me, expected, address))
+        timeout(CONNECT_TIMEOUT, Self::open_inner(wire, me, expected, address))
             .await
             .unwrap_or(Err(TransportError::ConnectTimeout { address }))
     }
 
     async fn open_inner(
-        tls: &TlsContext,
+        wire: &Wire,
         me: NodeId,
         expected: Option<(NodeId, &Incarnations)>,
         address: SocketAddr,
     ) -> Result<Self, TransportError> {
-        let connect = |source| TransportError::Connect { address, source };
-        let tcp = TcpStream::connect(address).await.map_err(connect)?;
-        tcp.set_nodelay(true).map_err(connect)?;
-        let (connector, name) = tls.connector(expected.map(|(node, _)| node));
-        let mut stream = connector.connect(name, tcp).await.map_err(connect)?;
+        match wire {
+            Wire::Tls(tls) => {
+                let node = expected.map(|(node, _)| node);
+                let channel = TlsChannel::connect(tls, node, address).await;
+                let channel = channel.map_err(connect_error(address))?;
+                Self::greet(channel, wire, me, expected, address).await
+            }
+            #[cfg(feature = "sim")]
+            Wire::Simulated { .. } => {
+                let channel = crate::sim::net::Pipe::connect(address).await;
+                let channel = channel.map_err(connect_error(address))?;
+                Self::greet(channel, wire, me, expected, address).await
+            }
+        }
+    }
+
+    async fn greet<C: Channel>(
+        mut channel: C,
+        wire: &Wire,
+        me: NodeId,
+        expected: Option<(NodeId, &Incarnations)>,
+        address: SocketAddr,
+    ) -> Result<Self, TransportError> {
         let own = expected.map_or(incarnations::NONE, |(_, incarnations)| incarnations.own);
-        let (claimed, incarnation) = say_hello(&mut stream, tls, (me, own), address).await?;
-        let chain = stream.get_ref().1.peer_certificates();
-        if expected.is_some_and(|(expected, _)| expected != claimed) || !tls.names(chain, claimed) {
+        let (claimed, incarnation) = say_hello(&mut channel, wire, (me, own), address).await?;
+        if expected.is_some_and(|(expected, _)| expected != claimed)
+            || !channel.proves(wire, claimed)
+        {
             return Err(TransportError::Identity {
                 address,
                 reason: format!("it says it is node {claimed}"),
@@ -227,32 +237,30 @@ impl Connection {
                 .check(node, incarnation)
                 .map_err(|reason| TransportError::Identity { address, reason })?;
         }
-        Ok(Self::start(stream))
+        Ok(Self::start(channel))
     }
 
-    fn start(stream: TlsStream<TcpStream>) -> Self {
-        let (read_half, write_half) = tokio::io::split(stream);
+    fn start<C: Channel>(channel: C) -> Self {
+        let (mut source, sink) = channel.split();
         let (outgoing, frames) = mpsc::channel(OUTGOING_FRAMES_MAX);
         let waiting = Arc::new(Mutex::new(Some(Waiting::new())));
+        let mut tasks = Tasks::default();
         let answered = waiting.clone();
-        let reader = tokio::spawn(async move {
-            let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, read_half);
-            while let Ok(Some(answer)) = frame::read(&mut reader).await {
+        tasks.spawn(async move {
+            while let Ok(Some(answer)) = source.next().await {
                 let sender = lock(&answered).as_mut().and_then(|all| all.remove(&answer.request));
                 if let Some(sender) = sender {
                     let _ = sender.send(answer);
                 }
             }
             *lock(&answered) = None;
-        })
-        .abort_handle();
-        let (stop_reader, unanswered) = (reader.clone(), waiting.clone());
-        tokio::spawn(async move {
-            let _ = frame::write_all(write_half, frames).await;
-            stop_reader.abort();
+        });
+        let unanswered = waiting.clone();
+        tasks.spawn(async move {
+            let _ = sink.write_all(frames).await;
             *lock(&unanswered) = None;
         });
-        Self { outgoing, waiting, next_request: AtomicU64::new(1), reader }
+        Self { outgoing, waiting, next_request: AtomicU64::new(1), _tasks: tasks }
     }
 
     pub(crate) fn is_closed(&self) -> bool {
@@ -279,12 +287,6 @@ impl Connection {
         let frame = Frame { request, kind, body };
         self.outgoing.send(frame).await.map_err(|_| TransportError::Closed)?;
         Ok(answer)
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.reader.abort();
     }
 }
 
@@ -316,25 +318,21 @@ impl Drop for Answer {
 }
 
 /// Says who we are and returns who the other side says it is.
-async fn say_hello(
-    stream: &mut TlsStream<TcpStream>,
-    tls: &TlsContext,
+async fn say_hello<C: Channel>(
+    channel: &mut C,
+    wire: &Wire,
     (me, incarnation): (NodeId, Incarnation),
     address: SocketAddr,
 ) -> Result<(NodeId, Incarnation), TransportError> {
-    use tokio::io::AsyncWriteExt;
-    let connect = |source| TransportError::Connect { address, source };
+    let connect = connect_error(address);
     let mut body = Encoder::default();
     body.u32(PROTOCOL_VERSION);
-    body.raw(&tls.cluster_id);
+    body.raw(&wire.cluster_id());
     body.u64(me);
     body.raw(&incarnation);
     let hello = Frame { request: 0, kind: Kind::Hello, body: body.0 };
-    let mut bytes = Vec::new();
-    frame::encode(&hello, &mut bytes);
-    stream.write_all(&bytes).await.map_err(connect)?;
-    stream.flush().await.map_err(connect)?;
-    let answer = frame::read(stream).await.map_err(connect)?.ok_or(TransportError::Closed)?;
+    channel.write(&hello).await.map_err(&connect)?;
+    let answer = channel.read().await.map_err(&connect)?.ok_or(TransportError::Closed)?;
     match answer.kind {
         Kind::Reply => decode_welcome(&answer.body)
             .map_err(|error| TransportError::Identity { address, reason: error.to_string() }),
@@ -373,9 +371,9 @@ impl Client {
         if request.len() > CALL_BYTES_MAX {
             return Err(CallError::TooLarge(request.len()));
         }
-        let context = TlsContext::new(cluster_id, tls)?;
+        let wire = Wire::Tls(TlsContext::new(cluster_id, tls)?);
         let exchange = async {
-            let connection = Connection::open(&context, me, None, address).await?;
+            let connection = Connection::open(&wire, me, None, address).await?;
             connection.send(Kind::Call, request).await?.answer().await
         };
         let result =

@@ -10,6 +10,7 @@
 //! Consensus traffic has a connection of its own, so neither a snapshot, a large call nor a crowd of
 //! proposals delays a heartbeat.
 
+pub(crate) mod channel;
 pub(crate) mod client;
 pub(crate) mod frame;
 pub(crate) mod incarnations;

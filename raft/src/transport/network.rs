@@ -24,7 +24,6 @@ use openraft::{
         TransferLeaderResponse,
     },
 };
-use tokio::time::timeout;
 
 use super::{
     Kind, TransportError, chain,
@@ -33,6 +32,7 @@ use super::{
 use crate::{
     NodeId,
     codec::{DecodeError, Decoder, Encoder},
+    runtime::timeout,
     types::{
         AppendRequest, AppendResult, Incarnation, LeaderId, MemberNode, Snapshot, SnapshotData,
         Types, Vote, VoteRequest, VoteResponse,
@@ -177,14 +177,11 @@ impl RaftNetworkV2<Types> for Network {
                 });
                 return Ok(results.boxed());
             }
-            let connection = network
-                .link(Lane::Consensus)?
-                .connection()
-                .await
-                .map_err(|error| network.error(RPCTypes::AppendEntries, &error))?;
+            // The first request opens the connection: openraft pauses after a failure only where
+            // it makes requests, so failing here would make it try again at once, without end.
             let session = AppendSession {
                 network,
-                connection,
+                connection: None,
                 number: network.streams.fetch_add(1, Ordering::Relaxed),
                 input: Some(input),
                 in_flight: VecDeque::new(),
@@ -348,7 +345,7 @@ impl Network {
 /// One stream of appends: requests leave as they come, answers arrive in the same order.
 struct AppendSession<'s, S> {
     network: &'s Network,
-    connection: Arc<Connection>,
+    connection: Option<Arc<Connection>>,
     number: u64,
     input: Option<S>,
     in_flight: VecDeque<InFlight>,
@@ -394,16 +391,22 @@ impl<S: Stream<Item = AppendRequest> + Unpin> AppendSession<'_, S> {
                 continue;
             };
             if let Err(error) = self.send(&request).await {
-                return Some(Err(self.network.error(RPCTypes::AppendEntries, &error)));
+                return Some(Err(error));
             }
         }
     }
 
-    async fn send(&mut self, request: &AppendRequest) -> Result<(), TransportError> {
+    async fn send(&mut self, request: &AppendRequest) -> Result<(), RpcError> {
         let mut body = Encoder::default();
         body.u64(self.number);
         body.append_request(request);
-        let answer = self.connection.send(Kind::Append, body.0).await?;
+        let error = |error| self.network.error(RPCTypes::AppendEntries, &error);
+        let connection = match self.connection.take() {
+            Some(open) => open,
+            None => self.network.link(Lane::Consensus)?.connection().await.map_err(error)?,
+        };
+        let connection = self.connection.insert(connection);
+        let answer = connection.send(Kind::Append, body.0).await.map_err(error)?;
         let leader = request.vote.leader_id;
         self.in_flight.push_back(InFlight::new(leader, answer));
         Ok(())

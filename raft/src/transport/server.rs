@@ -7,25 +7,20 @@ use futures::{
     future::BoxFuture,
     stream::{self, BoxStream},
 };
-use tokio::{
-    io::BufReader,
-    net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
-    task::JoinSet,
-    time::timeout,
-};
-use tokio_rustls::server::TlsStream;
+use tokio::sync::{Semaphore, mpsc};
 
 use super::{
     CONNECT_TIMEOUT, Kind, PROTOCOL_VERSION,
-    frame::{self, Frame, OUTGOING_FRAMES_MAX},
+    channel::{Accepted, Channel, Listener, Sink, Source, TlsChannel, Wire},
+    frame::{Frame, OUTGOING_FRAMES_MAX},
     incarnations::{self, Incarnations},
-    tls::TlsContext,
 };
 use crate::{
     NodeId,
     codec::{DecodeError, Decoder, Encoder},
+    runtime::{Tasks, sleep, timeout},
     types::{AppendRequest, AppendResult},
+    watch,
 };
 
 /// Connections served at a time.
@@ -34,7 +29,6 @@ const CONNECTIONS_MAX: usize = 1_024;
 const REQUESTS_MAX: usize = 1_024;
 /// Appends of one stream that wait for the log.
 const APPENDS_MAX: usize = 64;
-const READ_BUFFER_BYTES: usize = 64 << 10;
 /// Pause after `accept` failed, for instance because no descriptor was left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -63,7 +57,7 @@ pub(crate) trait Requests: Send + Sync + 'static {
 
 /// What all connections share.
 struct Server<R> {
-    tls: Arc<TlsContext>,
+    wire: Arc<Wire>,
     me: NodeId,
     incarnations: Arc<Incarnations>,
     requests: Arc<R>,
@@ -84,25 +78,26 @@ pub(crate) async fn stopped(stop: &mut watch::Receiver<bool>) {
 
 /// Accepts connections until told to stop.
 pub(crate) async fn serve<R: Requests>(
-    listener: TcpListener,
-    tls: Arc<TlsContext>,
+    mut listener: Listener,
+    wire: Arc<Wire>,
     (me, incarnations): (NodeId, Arc<Incarnations>),
     requests: Arc<R>,
     mut stop: watch::Receiver<bool>,
 ) {
-    let server = Arc::new(Server { tls, me, incarnations, requests });
-    let mut connections = JoinSet::new();
+    let server = Arc::new(Server { wire, me, incarnations, requests });
+    let mut connections = Tasks::default();
     loop {
         tokio::select! {
+            biased;
             () = stopped(&mut stop) => break,
-            _ = connections.join_next(), if !connections.is_empty() => {}
+            () = connections.one_ended() => {}
             accepted = listener.accept(), if connections.len() < CONNECTIONS_MAX => match accepted {
-                Ok((tcp, address)) => {
-                    connections.spawn(server.clone().connection(tcp, address));
+                Ok((accepted, address)) => {
+                    connections.spawn(server.clone().connection(accepted, address));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "can't accept a raft connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    sleep(ACCEPT_PAUSE).await;
                 }
             },
         }
@@ -111,9 +106,25 @@ pub(crate) async fn serve<R: Requests>(
 }
 
 impl<R: Requests> Server<R> {
-    async fn connection(self: Arc<Self>, tcp: TcpStream, address: SocketAddr) {
-        let accepted = timeout(CONNECT_TIMEOUT, self.authenticate(tcp)).await;
-        let (stream, peer) = match accepted {
+    async fn connection(self: Arc<Self>, accepted: Accepted, address: SocketAddr) {
+        match (accepted, &*self.wire) {
+            (Accepted::Tcp(tcp), Wire::Tls(tls)) => {
+                self.converse(TlsChannel::accept(tls, tcp), address).await;
+            }
+            #[cfg(feature = "sim")]
+            (Accepted::Simulated(pipe), _) => self.converse(async { Ok(pipe) }, address).await,
+            #[cfg(feature = "sim")]
+            (Accepted::Tcp(_), Wire::Simulated { .. }) => {}
+        }
+    }
+
+    async fn converse<C: Channel>(
+        &self,
+        opening: impl Future<Output = io::Result<C>> + Send,
+        address: SocketAddr,
+    ) {
+        let accepted = timeout(CONNECT_TIMEOUT, self.authenticate(opening)).await;
+        let (channel, peer) = match accepted {
             Ok(Ok(accepted)) => accepted,
             Ok(Err(error)) => {
                 tracing::warn!(%address, %error, "refused a raft connection");
@@ -127,18 +138,20 @@ impl<R: Requests> Server<R> {
         if !peer.only_calls {
             self.requests.peer_connected(peer.id);
         }
-        if let Err(error) = self.serve_peer(stream, peer).await {
+        if let Err(error) = self.serve_peer(channel, peer).await {
             tracing::debug!(%address, peer = peer.id, %error, "a raft connection ended");
         }
     }
 
     /// TLS, then the hello: the peer's certificate must name the node it says it is.
-    async fn authenticate(&self, tcp: TcpStream) -> io::Result<(TlsStream<TcpStream>, Peer)> {
-        tcp.set_nodelay(true)?;
-        let mut stream = self.tls.acceptor.accept(tcp).await?;
-        let hello = frame::read(&mut stream).await?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    async fn authenticate<C: Channel>(
+        &self,
+        opening: impl Future<Output = io::Result<C>> + Send,
+    ) -> io::Result<(C, Peer)> {
+        let mut channel = opening.await?;
+        let hello = channel.read().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
         let verdict = if hello.kind == Kind::Hello {
-            self.check_hello(&hello.body, &stream)
+            self.check_hello(&hello.body, &channel)
         } else {
             Err("the first frame must be a hello".to_owned())
         };
@@ -152,13 +165,13 @@ impl<R: Requests> Server<R> {
             Err(reason) => (Kind::Refused, reason.clone().into_bytes()),
         };
         let answer = Frame { request: hello.request, kind, body };
-        write_one(&mut stream, &answer).await?;
+        channel.write(&answer).await?;
         verdict
-            .map(|peer| (stream, peer))
+            .map(|peer| (channel, peer))
             .map_err(|reason| io::Error::new(io::ErrorKind::PermissionDenied, reason))
     }
 
-    fn check_hello(&self, body: &[u8], stream: &TlsStream<TcpStream>) -> Result<Peer, String> {
+    fn check_hello<C: Channel>(&self, body: &[u8], channel: &C) -> Result<Peer, String> {
         let mut decoder = Decoder(body);
         let text = |error: DecodeError| error.to_string();
         let version = decoder.u32().map_err(text)?;
@@ -168,10 +181,10 @@ impl<R: Requests> Server<R> {
         let cluster_id = decoder.id().map_err(text)?;
         let peer = decoder.u64().map_err(text)?;
         let incarnation = decoder.id().map_err(text)?;
-        if cluster_id != self.tls.cluster_id {
+        if cluster_id != self.wire.cluster_id() {
             return Err("this node belongs to another cluster".to_owned());
         }
-        if !self.tls.names(stream.get_ref().1.peer_certificates(), peer) {
+        if !channel.proves(&self.wire, peer) {
             return Err(format!("the certificate does not name node {peer}"));
         }
         let only_calls = incarnation == incarnations::NONE;
@@ -181,18 +194,16 @@ impl<R: Requests> Server<R> {
         Ok(Peer { id: peer, only_calls })
     }
 
-    async fn serve_peer(&self, stream: TlsStream<TcpStream>, peer: Peer) -> io::Result<()> {
-        let (read_half, write_half) = tokio::io::split(stream);
+    async fn serve_peer<C: Channel>(&self, channel: C, peer: Peer) -> io::Result<()> {
+        let (mut source, sink) = channel.split();
         let (outgoing, frames) = mpsc::channel(OUTGOING_FRAMES_MAX);
-        let mut tasks = JoinSet::new();
+        let mut tasks = Tasks::default();
         tasks.spawn(async move {
-            let _ = frame::write_all(write_half, frames).await;
+            let _ = sink.write_all(frames).await;
         });
-        let mut reader = BufReader::with_capacity(READ_BUFFER_BYTES, read_half);
         let permits = Arc::new(Semaphore::new(REQUESTS_MAX));
         let mut appends: Option<AppendStream> = None;
-        while let Some(frame) = frame::read(&mut reader).await? {
-            while tasks.try_join_next().is_some() {}
+        while let Some(frame) = source.next().await? {
             if peer.only_calls && frame.kind != Kind::Call {
                 let refused = Err("a process without a raft directory may only call".to_owned());
                 let _ = outgoing.send(answer_frame(frame.request, refused)).await;
@@ -220,7 +231,7 @@ impl<R: Requests> Server<R> {
         current: &mut Option<AppendStream>,
         frame: Frame,
         outgoing: &mpsc::Sender<Frame>,
-        tasks: &mut JoinSet<()>,
+        tasks: &mut Tasks,
         peer: NodeId,
     ) -> io::Result<()> {
         let invalid = |error: DecodeError| io::Error::new(io::ErrorKind::InvalidData, error);
@@ -288,12 +299,4 @@ fn answer_frame(request: u64, answer: Result<Vec<u8>, String>) -> Frame {
         Err(reason) => (Kind::Refused, reason.into_bytes()),
     };
     Frame { request, kind, body }
-}
-
-async fn write_one(stream: &mut TlsStream<TcpStream>, frame: &Frame) -> io::Result<()> {
-    use tokio::io::AsyncWriteExt;
-    let mut bytes = Vec::new();
-    frame::encode(frame, &mut bytes);
-    stream.write_all(&bytes).await?;
-    stream.flush().await
 }

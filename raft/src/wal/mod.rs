@@ -27,13 +27,13 @@ use std::{
 pub(crate) use frame::Record;
 pub(crate) use recovery::{Opened, Opening, WalOptions};
 pub(crate) use segment::Identity;
-use tokio::sync::watch;
 pub(crate) use writer::{Done, SPACE_PAUSE, Writer, is_no_space};
 use writer::{Item, Latest, Shared};
 
 use crate::{
     disk::Disk,
     types::{LogEntry, LogId, Membership, Payload, Vote},
+    watch,
 };
 
 const LOCK_FILE: &str = "lock";

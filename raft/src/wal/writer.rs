@@ -15,14 +15,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::sync::watch;
-
 use super::{
     frame::{FRAME_OVERHEAD_BYTES, encode_frame},
     segment::{self, Owner, SEGMENT_HEADER_BYTES, Segment},
     state_file::StateFile,
 };
-use crate::disk::{Disk, DiskFile};
+use crate::{
+    disk::{Disk, DiskFile},
+    watch,
+};
 
 /// A frame takes what waits up to about this size.
 const FRAME_BYTES_TARGET: usize = 1 << 20;
