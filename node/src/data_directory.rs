@@ -32,8 +32,11 @@ pub(crate) struct Contents<'a> {
     pub(crate) more: Vec<(&'static str, String, Access)>,
     /// What else must be in it before it is there: the log of a restored state, by the path of the
     /// `raft` directory.
-    pub(crate) log: Option<&'a dyn Fn(&Path) -> Result<()>>,
+    pub(crate) log: Option<&'a FillLog<'a>>,
 }
+
+/// Makes the log of a data directory that isn't empty from the start.
+pub(crate) type FillLog<'a> = dyn Fn(&Path) -> Result<()> + 'a;
 
 /// Keys and certificates of a node, read at its start.
 pub(crate) struct Secrets {
