@@ -2,6 +2,7 @@
 //! they came: tokio draws lots, and a simulated run must not.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     ops::Deref,
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
@@ -22,7 +23,9 @@ struct Shared<T> {
 struct State {
     version: u64,
     closed: bool,
-    waiting: Vec<Waker>,
+    /// By receiver, so that one waits once, however often it is polled, and leaves nothing behind.
+    waiting: BTreeMap<u64, Waker>,
+    receivers: u64,
 }
 
 impl<T> Shared<T> {
@@ -39,7 +42,7 @@ impl<T> Shared<T> {
         change(&mut state);
         let waiting = std::mem::take(&mut state.waiting);
         drop(state);
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.into_values().for_each(Waker::wake);
     }
 }
 
@@ -58,7 +61,7 @@ impl<T> Sender<T> {
     /// Somebody who watches from now on.
     pub fn subscribe(&self) -> Receiver<T> {
         let seen = self.shared.state().version;
-        Receiver { shared: self.shared.clone(), seen }
+        Receiver { shared: self.shared.clone(), seen, ticket: None }
     }
 
     /// The value, locked while the answer lives.
@@ -103,11 +106,21 @@ impl<T: fmt::Debug> fmt::Debug for Sender<T> {
 pub struct Receiver<T> {
     shared: Arc<Shared<T>>,
     seen: u64,
+    /// Its place among those who wait, since it first did.
+    ticket: Option<u64>,
+}
+
+impl<T> Drop for Receiver<T> {
+    fn drop(&mut self) {
+        if let Some(ticket) = self.ticket {
+            self.shared.state().waiting.remove(&ticket);
+        }
+    }
 }
 
 impl<T> Clone for Receiver<T> {
     fn clone(&self) -> Self {
-        Self { shared: self.shared.clone(), seen: self.seen }
+        Self { shared: self.shared.clone(), seen: self.seen, ticket: None }
     }
 }
 
@@ -155,8 +168,15 @@ impl<T> Receiver<T> {
         if state.closed {
             return Poll::Ready(Err(Closed));
         }
-        if !state.waiting.iter().any(|waker| waker.will_wake(context.waker())) {
-            state.waiting.push(context.waker().clone());
+        let ticket = *self.ticket.get_or_insert_with(|| {
+            state.receivers += 1;
+            state.receivers
+        });
+        match state.waiting.get_mut(&ticket) {
+            Some(waiting) => waiting.clone_from(context.waker()),
+            None => {
+                state.waiting.insert(ticket, context.waker().clone());
+            }
         }
         Poll::Pending
     }

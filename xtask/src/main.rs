@@ -5,6 +5,7 @@ mod dependencies;
 mod licences;
 mod metadata;
 mod shell;
+mod sim;
 mod torture;
 mod verify;
 
@@ -31,6 +32,12 @@ enum Command {
         after_help = "Examples:\n  cargo xtask conformance cli\n  cargo xtask conformance cli --keep"
     )]
     Conformance(conformance::Arguments),
+    /// Runs the product's decisions and its consensus on simulated machines, under faults that a
+    /// seed decides.
+    #[command(
+        after_help = "Examples:\n  cargo xtask sim --seeds 1000\n  cargo xtask sim --seed 7 --trace\n  cargo xtask sim --minutes 10\n  cargo xtask sim --mutations"
+    )]
+    Sim(sim::Arguments),
     /// Runs three real nodes under random faults, and checks what clients and guests saw.
     #[command(
         after_help = "Examples:\n  cargo xtask torture\n  cargo xtask torture --minutes 30 --seed 7 --json"
@@ -43,6 +50,7 @@ fn main() -> anyhow::Result<()> {
         Command::Verify(arguments) => verify::run(&arguments),
         Command::Fix => verify::fix(),
         Command::Conformance(arguments) => conformance::run(&arguments),
+        Command::Sim(arguments) => sim::run(&arguments),
         Command::Torture(arguments) => torture::run(&arguments),
     }
 }

@@ -1,0 +1,86 @@
+//! `cargo xtask sim`: the simulator over many seeds, one seed with everything it did, or the
+//! mutations that it has to catch.
+
+mod mutations;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::shell;
+
+/// What `sim` takes.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The first seed.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How many seeds (default: one, or as many as fit into `--minutes`).
+    #[arg(long)]
+    seeds: Option<u64>,
+    /// For how long, minutes.
+    #[arg(long)]
+    minutes: Option<f64>,
+    /// Runs at a time (default: one for each CPU).
+    #[arg(long)]
+    jobs: Option<u64>,
+    /// Prints everything that happens.
+    #[arg(long)]
+    trace: bool,
+    /// Prints a line for each seed.
+    #[arg(long)]
+    verbose: bool,
+    /// Puts known bugs into a copy of this tree, one at a time, and fails unless each is caught.
+    #[arg(long)]
+    mutations: bool,
+    /// With `--mutations`: only those whose name holds this.
+    #[arg(long, requires = "mutations")]
+    only: Option<String>,
+}
+
+/// Runs it.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.mutations {
+        return mutations::run(arguments.only.as_deref().unwrap_or(""), arguments.seeds);
+    }
+    let simulator = build(&shell::root(), "sim")?;
+    shell::run(Command::new(simulator).args(words(arguments)?))
+}
+
+/// The simulator's own arguments.
+fn words(arguments: &Arguments) -> Result<Vec<String>> {
+    let mut words = vec!["--seed".to_owned(), arguments.seed.to_string()];
+    let mut add = |name: &str, value: Option<u64>| {
+        words.extend(value.into_iter().flat_map(|value| [name.to_owned(), value.to_string()]));
+    };
+    add("--seeds", arguments.seeds);
+    add("--jobs", arguments.jobs);
+    if let Some(minutes) = arguments.minutes {
+        ensure!(minutes > 0.0, "--minutes {minutes}: it must be above 0");
+        add("--seconds", Some((minutes * 60.0).ceil() as u64));
+    }
+    words.extend(arguments.trace.then(|| "--trace".to_owned()));
+    words.extend(arguments.verbose.then(|| "--verbose".to_owned()));
+    Ok(words)
+}
+
+/// What tens of thousands of seeds go through is optimised; the crates of others are as in every
+/// build, so they aren't built again.
+const OPTIMISED: &str = "profile.dev.opt-level=1";
+
+/// Builds the simulator of a tree, this one or a copy, and puts it aside under a name.
+fn build(root: &Path, name: &str) -> Result<PathBuf> {
+    let target = shell::target_directory();
+    let what = ["build", "--locked", "--config", OPTIMISED, "--package", "tests"];
+    let mut build = shell::cargo();
+    build.args(what).args(["--example", "sim"]).current_dir(root).env("CARGO_TARGET_DIR", &target);
+    shell::run(&mut build).with_context(|| format!("in {}", root.display()))?;
+    let directory = target.join("sim");
+    let simulator = directory.join(name);
+    fs::create_dir_all(&directory)
+        .and_then(|()| fs::copy(target.join("debug/examples/sim"), &simulator))
+        .with_context(|| format!("cannot write {}", simulator.display()))?;
+    Ok(simulator)
+}
