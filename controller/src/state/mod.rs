@@ -94,6 +94,25 @@ impl State {
         outcome
     }
 
+    /// Applies a command as its bytes stand in the log, and returns the bytes of what it came to.
+    /// Bytes that can't be decoded are refused, the same on every node that runs this version; a
+    /// newer node's command can't be in the log before all nodes know it.
+    pub fn apply_encoded(
+        &mut self,
+        index: u64,
+        time_ms: u64,
+        command_id: [u8; 16],
+        command: &[u8],
+    ) -> Vec<u8> {
+        let result = match Command::decode(command) {
+            Ok(command) => self.apply(index, time_ms, command_id, &command),
+            Err(error) => {
+                Err(Rejection::new(RejectionKind::Invalid, "command", index, error.to_string()))
+            }
+        };
+        encode_result(&result)
+    }
+
     fn dispatch(&mut self, command: &Command) -> Result<Outcome, Rejection> {
         let starts = matches!(command, Command::Cluster(cluster::ClusterCommand::Init(_)));
         if self.cluster.id.is_empty() && !starts {

@@ -1,6 +1,6 @@
 //! The controller's state as the state machine that the log drives.
 
-use controller::state::{Command, Rejection, RejectionKind, State, encode_result};
+use controller::state::State;
 
 /// What the log replicates.
 #[derive(Default)]
@@ -20,18 +20,8 @@ impl raft::StateMachine for Machine {
     type View = State;
 
     fn apply(&mut self, entry: &raft::Entry) -> Vec<u8> {
-        let result = match Command::decode(&entry.command) {
-            Ok(command) => self.state.apply(entry.index, entry.time_ms, entry.command_id, &command),
-            // The same on every node that runs this version; a newer node's command can't be here
-            // before all nodes know it.
-            Err(error) => Err(Rejection::new(
-                RejectionKind::Invalid,
-                "command",
-                entry.index,
-                error.to_string(),
-            )),
-        };
-        encode_result(&result)
+        let raft::Entry { index, time_ms, command_id, ref command } = *entry;
+        self.state.apply_encoded(index, time_ms, command_id, command)
     }
 
     fn view(&self) -> State {

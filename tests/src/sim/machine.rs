@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use controller::state::{Command, Rejection, RejectionKind, State, encode_result};
+use controller::state::State;
 
 use crate::checks::Applied;
 use crate::world::World;
@@ -43,22 +43,9 @@ impl raft::StateMachine for Machine {
     type View = State;
 
     fn apply(&mut self, entry: &raft::Entry) -> Vec<u8> {
-        let result = match Command::decode(&entry.command) {
-            Ok(command) => self.state.apply(entry.index, entry.time_ms, entry.command_id, &command),
-            Err(error) => Err(Rejection::new(
-                RejectionKind::Invalid,
-                "command",
-                entry.index,
-                error.to_string(),
-            )),
-        };
-        let outcome = encode_result(&result);
-        let applied = Applied {
-            index: entry.index,
-            command_id: entry.command_id,
-            outcome: &outcome,
-            state: &self.state,
-        };
+        let raft::Entry { index, time_ms, command_id, ref command } = *entry;
+        let outcome = self.state.apply_encoded(index, time_ms, command_id, command);
+        let applied = Applied { index, command_id, outcome: &outcome, state: &self.state };
         report(|world| world.with(|shared| shared.checks.applied(self.node, &applied)));
         outcome
     }
