@@ -3,8 +3,8 @@
 
 mod api;
 mod hosts;
+mod made;
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -12,35 +12,14 @@ use api::{Api, id};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hosts::{Host, Hosts, PATIENCE};
+use made::{Made, prepare};
 use reqwest::Method;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use tests::{kvm_opens, trine};
+use tests::kvm_opens;
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime starts")
-}
-
-/// Image, flavor and network for guests.
-struct Made {
-    image: String,
-    flavor: String,
-    network: String,
-}
-
-async fn prepare(hosts: &Hosts, api: &Api) -> Result<Made> {
-    let file = hosts.path("guest.img");
-    let export = Command::new(trine()).args(["image", "export"]).arg(&file).status()?;
-    ensure!(export.success(), "trine image export");
-    let image = api.image("guest", std::fs::read(&file)?).await?;
-    let flavor = json!({"flavor": {"name": "tiny", "ram": 64, "vcpus": 1, "disk": 0}});
-    let flavor = id(&api.make("/compute/v2.1/flavors", flavor).await?)?;
-    let network = json!({"network": {"name": "net"}});
-    let network = id(&api.make("/networking/v2.0/networks", network).await?)?;
-    let subnet =
-        json!({"subnet": {"network_id": network, "ip_version": 4, "cidr": "10.30.0.0/24"}});
-    api.make("/networking/v2.0/subnets", subnet).await?;
-    Ok(Made { image, flavor, network })
 }
 
 /// Asks for a server on a host and does not wait for it.
@@ -119,7 +98,7 @@ fn guests_go_on_through_restarts_of_node_switch_and_storage_in_any_order() -> Re
     let asking = runtime();
     let (api, server, volume, home) = asking.block_on(async {
         let api = Api::sign_in_at(&hosts.credentials()?, &hosts[2].api()).await?;
-        let made = prepare(&hosts, &api).await?;
+        let made = prepare(hosts.directory(), &api).await?;
         let (volume, home) = volume(&api).await?;
         let guest_host = if home == "node1" { "node2" } else { "node1" };
         let serial = &volume[..20];
@@ -182,7 +161,7 @@ fn what_a_node_was_doing_when_it_was_killed_is_done_after_its_start() -> Result<
     let asking = runtime();
     let (api, made) = asking.block_on(async {
         let api = Api::sign_in_at(&hosts.credentials()?, &hosts[0].api()).await?;
-        let made = prepare(&hosts, &api).await?;
+        let made = prepare(hosts.directory(), &api).await?;
         anyhow::Ok((api, made))
     })?;
     // Each round kills the node at another moment of the same work.
@@ -232,7 +211,7 @@ fn a_host_that_is_cut_off_is_evacuated_and_returns_without_the_guests_that_left_
     let asking = runtime();
     let (api, made, server) = asking.block_on(async {
         let api = Api::sign_in_at(&hosts.credentials()?, &hosts[0].api()).await?;
-        let made = prepare(&hosts, &api).await?;
+        let made = prepare(hosts.directory(), &api).await?;
         let server = create(&api, &made, "node3", "print x").await?;
         active(&api, &server).await?;
         anyhow::Ok((api, made, server))

@@ -2,40 +2,19 @@
 //! survives the restart of every node.
 
 mod api;
-
-use std::process::Command;
+mod made;
 
 use anyhow::{Context, Result, ensure};
 use api::{Api, id};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use made::{Made, prepare};
 use reqwest::Method;
 use serde_json::{Value, json};
 use tests::{Cloud, Options, kvm_opens, trine};
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime starts")
-}
-
-struct Made {
-    image: String,
-    flavor: String,
-    network: String,
-}
-
-async fn prepare(cloud: &Cloud, api: &Api) -> Result<Made> {
-    let file = cloud.directory().join("guest.img");
-    let export = Command::new(cloud.trine()).args(["image", "export"]).arg(&file).status()?;
-    ensure!(export.success(), "trine image export");
-    let image = api.image("guest", std::fs::read(&file)?).await?;
-    let flavor = json!({"flavor": {"name": "tiny", "ram": 64, "vcpus": 1, "disk": 0}});
-    let flavor = id(&api.make("/compute/v2.1/flavors", flavor).await?)?;
-    let network = json!({"network": {"name": "net"}});
-    let network = id(&api.make("/networking/v2.0/networks", network).await?)?;
-    let subnet =
-        json!({"subnet": {"network_id": network, "ip_version": 4, "cidr": "10.30.0.0/24"}});
-    api.make("/networking/v2.0/subnets", subnet).await?;
-    Ok(Made { image, flavor, network })
 }
 
 fn server(made: &Made, flavor: &str, steps: &str) -> Value {
@@ -75,7 +54,7 @@ fn refuses_bad_requests_and_changes_nothing() -> Result<()> {
     let cloud = Cloud::start(&trine(), Options::default())?;
     runtime().block_on(async {
         let mut api = Api::sign_in(&cloud, 2).await?;
-        let made = prepare(&cloud, &api).await?;
+        let made = prepare(cloud.directory(), &api).await?;
         a_wrong_token(&mut api).await?;
         an_unknown_image(&api, &made).await?;
         a_flavor_no_host_can_hold(&api, &made).await?;
@@ -162,7 +141,7 @@ fn data_and_guests_survive_a_restart_of_every_node() -> Result<()> {
     let mut cloud = Cloud::start(&trine(), Options::default())?;
     let (server, volume) = runtime().block_on(async {
         let api = Api::sign_in(&cloud, 1).await?;
-        let made = prepare(&cloud, &api).await?;
+        let made = prepare(cloud.directory(), &api).await?;
         let volume = volume(&api).await?;
         let serial = &volume[..20];
         let steps = format!(

@@ -3,39 +3,17 @@
 
 mod api;
 mod hosts;
-
-use std::process::Command;
+mod made;
 
 use anyhow::{Context, Result, ensure};
 use api::{Api, id};
 use hosts::{Hosts, is_secret, rows, voters};
+use made::{Made, prepare};
 use serde_json::{Value, json};
-use tests::{kvm_opens, trine};
+use tests::kvm_opens;
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime starts")
-}
-
-/// Image, flavor and network for guests.
-struct Made {
-    image: String,
-    flavor: String,
-    network: String,
-}
-
-async fn prepare(hosts: &Hosts, api: &Api) -> Result<Made> {
-    let file = hosts.path("guest.img");
-    let export = Command::new(trine()).args(["image", "export"]).arg(&file).status()?;
-    ensure!(export.success(), "trine image export");
-    let image = api.image("guest", std::fs::read(&file)?).await?;
-    let flavor = json!({"flavor": {"name": "tiny", "ram": 64, "vcpus": 1, "disk": 0}});
-    let flavor = id(&api.make("/compute/v2.1/flavors", flavor).await?)?;
-    let network = json!({"network": {"name": "net"}});
-    let network = id(&api.make("/networking/v2.0/networks", network).await?)?;
-    let subnet =
-        json!({"subnet": {"network_id": network, "ip_version": 4, "cidr": "10.30.0.0/24"}});
-    api.make("/networking/v2.0/subnets", subnet).await?;
-    Ok(Made { image, flavor, network })
 }
 
 /// A server on a host; `None` leaves the choice to the scheduler.
@@ -77,7 +55,7 @@ fn a_dead_node_is_replaced_and_no_other_guest_is_harmed() -> Result<()> {
     let mut hosts = Hosts::three()?;
     let lost = runtime().block_on(async {
         let api = Api::sign_in_at(&hosts.credentials()?, &hosts[0].api()).await?;
-        let made = prepare(&hosts, &api).await?;
+        let made = prepare(hosts.directory(), &api).await?;
         for host in ["node1", "node2"] {
             boot(&api, &made, Some(host)).await?;
         }
@@ -175,7 +153,7 @@ fn a_wiped_node_is_refused(hosts: &mut Hosts) -> Result<()> {
 fn a_removed_node_ends_itself(hosts: &mut Hosts) -> Result<()> {
     runtime().block_on(async {
         let api = Api::sign_in_at(&hosts.credentials()?, &hosts[0].api()).await?;
-        let made = prepare(hosts, &api).await?;
+        let made = prepare(hosts.directory(), &api).await?;
         let server = boot(&api, &made, Some("node3")).await?;
         let refused = hosts[0].refusal(&["cluster", "remove", "node3"])?;
         ensure!(refused.contains(&server) && refused.contains("--force"), "{refused}");
@@ -264,7 +242,7 @@ fn a_survivor_recovers_alone_with_its_guests() -> Result<()> {
     let mut hosts = Hosts::three()?;
     let (api, server) = runtime().block_on(async {
         let api = Api::sign_in_at(&hosts.credentials()?, &hosts[0].api()).await?;
-        let made = prepare(&hosts, &api).await?;
+        let made = prepare(hosts.directory(), &api).await?;
         keypair(&api, "kept").await?;
         let server = boot(&api, &made, Some("node1")).await?;
         anyhow::Ok((api, server))

@@ -87,6 +87,11 @@ impl Hosts {
         self.directory.join(name)
     }
 
+    /// The directory of all of it.
+    pub(crate) fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// `credentials.json` of the first host.
     pub(crate) fn credentials(&self) -> Result<Value> {
         Ok(serde_json::from_slice(&fs::read(self[0].data.join("credentials.json"))?)?)
