@@ -24,6 +24,9 @@ enum Part {
     Test,
 }
 
+/// The simulated world, without which the tests of consensus in it would be left out unseen.
+const SIMULATED: &str = "raft/sim";
+
 type Check = fn() -> Result<()>;
 
 const PARTS: &[(Part, &str, Check)] = &[
@@ -99,10 +102,13 @@ fn test() -> Result<()> {
             "run",
             "--locked",
             "--workspace",
+            "--features",
+            SIMULATED,
             "--no-fail-fast",
         ]))?;
     } else {
-        shell::run(shell::cargo().args(["test", "--locked", "--workspace", "--all-targets"]))?;
+        let all = ["test", "--locked", "--workspace", "--features", SIMULATED, "--all-targets"];
+        shell::run(shell::cargo().args(all))?;
     }
     shell::run(shell::cargo().args(["test", "--locked", "--workspace", "--doc"]))
 }

@@ -66,21 +66,17 @@ fn words(arguments: &Arguments) -> Result<Vec<String>> {
     Ok(words)
 }
 
-/// What tens of thousands of seeds go through is optimised; the crates of others are as in every
-/// build, so they aren't built again.
-const OPTIMISED: &str = "profile.dev.opt-level=1";
-
 /// Builds the simulator of a tree, this one or a copy, and puts it aside under a name.
 fn build(root: &Path, name: &str) -> Result<PathBuf> {
     let target = shell::target_directory();
-    let what = ["build", "--locked", "--config", OPTIMISED, "--package", "tests"];
+    let what = ["build", "--locked", "--profile", "sim", "--package", "tests"];
     let mut build = shell::cargo();
     build.args(what).args(["--example", "sim"]).current_dir(root).env("CARGO_TARGET_DIR", &target);
     shell::run(&mut build).with_context(|| format!("in {}", root.display()))?;
-    let directory = target.join("sim");
+    let directory = target.join("simulators");
     let simulator = directory.join(name);
     fs::create_dir_all(&directory)
-        .and_then(|()| fs::copy(target.join("debug/examples/sim"), &simulator))
+        .and_then(|()| fs::copy(target.join("sim/examples/sim"), &simulator))
         .with_context(|| format!("cannot write {}", simulator.display()))?;
     Ok(simulator)
 }
