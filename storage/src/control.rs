@@ -226,6 +226,8 @@ pub struct Status {
     pub total_bytes: u64,
     /// Images held.
     pub images: Vec<ImageInfo>,
+    /// Servers that have disks of their own here.
+    pub servers: Vec<String>,
     /// Volumes with their home here.
     pub volumes: Vec<VolumeInfo>,
     /// Volumes that can't be served because their records or data are damaged. Their files are

@@ -31,6 +31,15 @@ impl Instances {
         Self { directory, images, placing: Mutex::new(()) }
     }
 
+    /// The servers that have something here.
+    pub(crate) fn list(&self) -> Result<Vec<String>, Error> {
+        let folder = self.directory.instances();
+        let failed = |error| Error::io(format_args!("list {}", folder.display()), error);
+        let entries = fs::read_dir(&folder).map_err(failed)?;
+        let names = entries.map(|entry| Ok(entry?.file_name().into_string().ok()));
+        names.filter_map(Result::transpose).collect::<io::Result<_>>().map_err(failed)
+    }
+
     /// Makes a server's disk from an image.
     pub(crate) fn create_root(
         &self,

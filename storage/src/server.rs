@@ -158,6 +158,7 @@ impl Store {
             free_bytes,
             total_bytes,
             images: self.images.list(),
+            servers: self.instances.list()?,
             volumes: self.volumes.list(),
             volumes_damaged: self.volumes.damaged(),
             connected: self.remotes.list(),

@@ -9,6 +9,8 @@ use crate::ids::{PortId, ServerId, VolumeId};
 pub struct Observed {
     /// Guests with a directory on this host.
     pub guests: BTreeMap<ServerId, Guest>,
+    /// Servers with disks of their own in this host's storage.
+    pub roots: BTreeSet<ServerId>,
     /// Volumes in this host's storage.
     pub volumes: BTreeMap<VolumeId, Volume>,
     /// Contents of images that storage holds.

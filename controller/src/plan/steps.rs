@@ -3,6 +3,8 @@
 //! Every step is idempotent. A step that fails is planned again as long as it is needed; the
 //! executor spaces the tries.
 
+use std::collections::BTreeSet;
+
 use crate::ids::{AttachmentId, PortId, ServerId, VolumeId};
 
 use super::observed::{Guest, GuestState, Observed};
@@ -152,9 +154,10 @@ fn while_out_of_service(view: &HostView, observed: &Observed) -> Vec<Step> {
     steps
 }
 
-/// Guests that are no longer placed here.
+/// Guests that are no longer placed here, and disks of such that never were started.
 fn strays(view: &HostView, observed: &Observed) -> Vec<Step> {
-    let gone = observed.guests.keys().filter(|id| !view.servers.contains_key(*id));
+    let here: BTreeSet<&ServerId> = observed.guests.keys().chain(&observed.roots).collect();
+    let gone = here.into_iter().filter(|id| !view.servers.contains_key(*id));
     gone.map(|id| Step::RemoveGuest(id.clone())).collect()
 }
 
@@ -201,9 +204,9 @@ fn server_step(id: &ServerId, view: &ServerView, observed: &Observed) -> Option<
     let guest = observed.guests.get(id);
     let running = guest.filter(|guest| guest.state == GuestState::Running);
     match view.wanted {
-        Wanted::Gone => Some(match guest {
-            Some(_) => Step::RemoveGuest(id.clone()),
-            None => Step::ReportGone(id.clone()),
+        Wanted::Gone => Some(match guest.is_some() || observed.roots.contains(id) {
+            true => Step::RemoveGuest(id.clone()),
+            false => Step::ReportGone(id.clone()),
         }),
         Wanted::Stopped => match running {
             Some(_) => Some(Step::StopGuest(id.clone())),

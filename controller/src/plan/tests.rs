@@ -83,6 +83,24 @@ fn a_deleted_server_is_removed_and_then_reported_gone() {
 }
 
 #[test]
+fn disks_of_a_guest_that_never_started_go_with_its_server() {
+    let mut sample = Sample::new();
+    let new = crate::state::fixture::new_server("s1", None);
+    sample.compute(ComputeCommand::CreateServer(Box::new(new)));
+    let host = sample.server("s1").host.expect("it fits");
+    let mut observed = calm();
+    observed.roots.insert("s1".into());
+    check(&sample, host, &observed, &[Step::StartGuest("s1".into())]);
+    sample.compute(ComputeCommand::DeleteServer("s1".into()));
+    check(&sample, host, &observed, &[Step::RemoveGuest("s1".into())]);
+    observed.roots.clear();
+    check(&sample, host, &observed, &[Step::ReportGone("s1".into())]);
+    observed.roots.insert("moved away".into());
+    let steps = [Step::ReportGone("s1".into()), Step::RemoveGuest("moved away".into())];
+    check(&sample, host, &observed, &steps);
+}
+
+#[test]
 fn a_guest_of_an_older_generation_is_ended_before_the_new_one_starts() {
     let mut sample = Sample::new();
     let (host, mut observed) = settled(&mut sample);

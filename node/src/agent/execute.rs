@@ -135,6 +135,7 @@ impl Agent {
             self.give_back(&mut storage, id, attachment)?;
         }
         storage.delete_root(id.as_str())?;
+        self.with_world(|world| world.root_is(id, false));
         GuestDirectory::of(&self.context().guests, id.as_str()).remove()?;
         self.with_world(|world| world.guests.remove(id));
         Ok(())

@@ -142,6 +142,8 @@ impl Agent {
         let mut storage = self.storage()?;
         if let Some(image) = &view.image {
             self.hold_image(&mut storage, image)?;
+            // Even if it fails: what is left of it has to go.
+            self.with_world(|world| world.root_is(&view.server.id, true));
             let root_bytes = (view.server.flavor.root_gib << 30).max(image.size_bytes);
             storage.create_root(id, &image.sha512, root_bytes.next_multiple_of(512))?;
         }

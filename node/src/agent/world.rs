@@ -46,6 +46,7 @@ pub(super) enum Observation {
 pub(super) struct World {
     directory: PathBuf,
     pub(super) guests: BTreeMap<ServerId, Guest>,
+    roots: BTreeSet<ServerId>,
     volumes: Option<BTreeMap<VolumeId, observed::Volume>>,
     images: BTreeSet<String>,
     images_known: BTreeSet<String>,
@@ -65,6 +66,7 @@ impl World {
         let mut world = World {
             directory: guests.to_owned(),
             guests: BTreeMap::new(),
+            roots: BTreeSet::new(),
             volumes: None,
             images: BTreeSet::new(),
             images_known: BTreeSet::new(),
@@ -98,6 +100,7 @@ impl World {
         let guests = self.guests.iter().map(|(id, guest)| (id.clone(), guest.observed()));
         Some(Observed {
             guests: guests.collect(),
+            roots: self.roots.clone(),
             volumes,
             // Content that was never in the catalog may be an upload that is not yet committed.
             images: self.images.intersection(&self.images_known).cloned().collect(),
@@ -175,6 +178,7 @@ impl World {
             (VolumeId(volume.id.clone()), observed::Volume { holder })
         });
         self.volumes = Some(volumes.collect());
+        self.roots = status.servers.iter().map(|id| ServerId(id.clone())).collect();
         self.images = status.images.iter().map(|image| image.sha512.clone()).collect();
     }
 
@@ -208,6 +212,13 @@ impl World {
 
     pub(super) fn detached(&mut self, port: &PortId) {
         self.attached.remove(port);
+    }
+
+    pub(super) fn root_is(&mut self, id: &ServerId, there: bool) {
+        match there {
+            true => self.roots.insert(id.clone()),
+            false => self.roots.remove(id),
+        };
     }
 
     pub(super) fn volume_is(&mut self, id: &VolumeId, volume: Option<observed::Volume>) {

@@ -107,6 +107,39 @@ impl Cluster {
         host::kill_node(&self.world, id, Loss::Nothing);
     }
 
+    /// Kills a node and flips a bit in its log. Peers can give back what one node lost, so it is
+    /// always the same one, and none where a host is replaced: then the others are too few.
+    pub(crate) fn damage_log(&self, id: HostId) {
+        let only = self.world.with(|shared| {
+            (!shared.replacing && *shared.damaged.get_or_insert(id) == id).then_some(id)
+        });
+        let Some(id) = only else { return };
+        self.kill(id);
+        let disk = runtime::sim().node(id.0).disk();
+        let mut segments: Vec<_> = disk.paths().into_iter().map(|(path, _)| path).collect();
+        segments.retain(|path| path.extension().is_some_and(|extension| extension == "wal"));
+        if segments.is_empty() {
+            return;
+        }
+        let path = self.world.with(|shared| shared.random.pick(&segments).clone());
+        let at = self.world.between(0, u64::from(u32::MAX));
+        disk.damage(&path, |bytes| {
+            let written = bytes.iter().rposition(|byte| *byte != 0).map_or(1, |last| last + 1);
+            let bit = usize::try_from(at).unwrap_or(0) % (written * 8);
+            if let Some(byte) = bytes.get_mut(bit / 8) {
+                *byte ^= 1 << (bit % 8);
+            }
+        });
+        self.world.note(format_args!("a bit of {} on host {id} flips", path.display()));
+    }
+
+    /// Asks whoever leads to let a node lead.
+    pub(crate) fn move_leader(&self, to: HostId) {
+        for node in self.nodes().into_iter().filter(|node| node.leads().is_some()) {
+            runtime::spawn(async move { node.transfer(to).await });
+        }
+    }
+
     /// The nodes that run.
     pub(crate) fn nodes(&self) -> Vec<Node> {
         self.world.with(|shared| shared.nodes.values().map(|node| node.raft.clone()).collect())

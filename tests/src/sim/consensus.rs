@@ -74,6 +74,12 @@ impl Node {
         self.raft.remove_voter(host.0).await.map_err(|error| error.to_string())
     }
 
+    /// Lets another node lead, if that goes.
+    pub(crate) async fn transfer(&self, to: HostId) {
+        let raft = self.raft.clone();
+        self.within(async move { raft.transfer_leader(to.0).await.is_ok() }).await;
+    }
+
     /// Runs `work` in this node's process; nothing comes of it when the process ends first.
     pub(crate) async fn within<T: Send + 'static>(
         &self,

@@ -37,9 +37,13 @@ enum Fault {
     StepsFail,
     /// Steps hang.
     StepsHang,
+    /// A node is killed, and a bit of its log flips while it is down.
+    LogDamaged,
+    /// The leader is asked to hand over to a node.
+    LeaderMoves,
 }
 
-const FAULTS: [(Fault, u64); 14] = [
+const FAULTS: [(Fault, u64); 16] = [
     (Fault::PoorLinks, 10),
     (Fault::ClockOff, 4),
     (Fault::DiskFull, 5),
@@ -54,6 +58,8 @@ const FAULTS: [(Fault, u64); 14] = [
     (Fault::GuestEnds, 12),
     (Fault::StepsFail, 8),
     (Fault::StepsHang, 8),
+    (Fault::LogDamaged, 5),
+    (Fault::LeaderMoves, 8),
 ];
 
 fn draw(world: &World) -> Fault {
@@ -121,6 +127,8 @@ fn begin(cluster: &Cluster, fault: Fault, host: HostId) {
         Fault::StepsHang => {
             world.host(host, |hardware| hardware.hanging = 30);
         }
+        Fault::LogDamaged => cluster.damage_log(host),
+        Fault::LeaderMoves => cluster.move_leader(host),
     }
 }
 
@@ -143,7 +151,7 @@ fn end(cluster: &Cluster, fault: Fault, host: HostId) {
         Fault::ClockOff => runtime::sim().node(host.0).set_skew_ms(0),
         Fault::DiskFull => runtime::sim().node(host.0).disk().set_capacity(None),
         Fault::FlushFails => runtime::sim().node(host.0).disk().fail_syncs(0),
-        Fault::NodeKilled => cluster.start(host),
+        Fault::NodeKilled | Fault::LogDamaged => cluster.start(host),
         Fault::PowerCut => cluster.power_on(host),
         Fault::StorageKilled => {
             world.host(host, |hardware| {
@@ -160,7 +168,7 @@ fn end(cluster: &Cluster, fault: Fault, host: HostId) {
                 }
             });
         }
-        Fault::GuestEnds => {}
+        Fault::GuestEnds | Fault::LeaderMoves => {}
         Fault::StepsFail => {
             world.host(host, |hardware| hardware.failing = 0);
         }

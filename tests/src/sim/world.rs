@@ -42,6 +42,8 @@ pub(crate) struct Shared {
     pub(crate) starting: BTreeSet<HostId>,
     /// Whether a host is being replaced.
     pub(crate) replacing: bool,
+    /// The host whose node's log is damaged now and then.
+    pub(crate) damaged: Option<HostId>,
     /// Guests started so far.
     pub(crate) starts: u64,
 }
@@ -59,6 +61,7 @@ impl World {
             busy: true,
             starting: BTreeSet::new(),
             replacing: false,
+            damaged: None,
             starts: 0,
         };
         World { shared: Arc::new(Mutex::new(shared)) }

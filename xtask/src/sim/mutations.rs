@@ -97,6 +97,30 @@ const MUTATIONS: &[Mutation] = &[
         right: "let id = HostId(self.cluster.next_host_id);",
         wrong: "let id = HostId(self.cluster.hosts.len() as u64 + 1);",
     },
+    Mutation {
+        name: "act on a state that may be a replayed one",
+        file: "controller/src/plan/agent.rs",
+        right: "(true, Gate::NoLeader) => self.gate = Gate::Shut,",
+        wrong: "(true, Gate::NoLeader) => self.gate = Gate::Open,",
+    },
+    Mutation {
+        name: "fence a host while its lease may still run",
+        file: "controller/src/plan/leases.rs",
+        right: "let old = |at: &Duration| now.saturating_sub(*at) >= LEASE + MARGIN;",
+        wrong: "let old = |at: &Duration| now.saturating_sub(*at) >= MARGIN;",
+    },
+    Mutation {
+        name: "count a lease before its state has come",
+        file: "controller/src/plan/leases.rs",
+        right: "self.grants.iter().filter(|(index, _)| *index <= applied);",
+        wrong: "self.grants.iter().filter(|_| true);",
+    },
+    Mutation {
+        name: "take a guest of an older generation for the wanted one",
+        file: "controller/src/plan/steps.rs",
+        right: "(Some(guest), _) if guest.generation < view.generation => {",
+        wrong: "(Some(guest), _) if guest.generation > view.generation => {",
+    },
 ];
 
 /// Runs the mutations whose name holds `only`.

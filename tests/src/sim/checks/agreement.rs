@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use controller::state::State;
 
 /// States are compared whole at each of so many places; outcomes at every place.
-const EVERY: u64 = 16;
+const EVERY: u64 = 64;
 
 /// What the first node found at each place.
 #[derive(Default)]
@@ -79,7 +79,7 @@ mod tests {
         let mut agreement = Agreement::default();
         let mut other = State::default();
         other.time_ms = 1;
-        assert!(agreement.applied(1, 16, [1; 16], b"", &State::default()).is_ok());
-        assert!(agreement.applied(2, 16, [1; 16], b"", &other).is_err());
+        assert!(agreement.applied(1, EVERY, [1; 16], b"", &State::default()).is_ok());
+        assert!(agreement.applied(2, EVERY, [1; 16], b"", &other).is_err());
     }
 }

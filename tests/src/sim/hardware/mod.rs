@@ -104,6 +104,7 @@ impl Hardware {
             .map(|(id, guest)| (id.clone(), guest.observed(self.storage.instance)));
         Observed {
             guests: guests.collect(),
+            roots: self.storage.roots.clone(),
             volumes: self.storage.observed(),
             images: self.storage.images.clone(),
             switch: observed::Switch { programmed, attached: self.switch.attached.clone() },
