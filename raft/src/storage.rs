@@ -34,7 +34,7 @@ pub(crate) fn open<D: Disk>(
     let files = SnapshotFiles::open(disk, directory.join(SNAPSHOTS), identity)?;
     let snapshot = files.newest()?;
     if let Some(damage) = &opening.scan().damage {
-        let logged = opening.scan().recovered.membership();
+        let logged = opening.scan().newest_membership();
         let snapshotted =
             snapshot.as_ref().map(|snapshot| snapshot.meta.last_membership.membership());
         if logged.as_ref().or(snapshotted).is_some_and(|members| is_alone(members, identity)) {

@@ -171,14 +171,14 @@ pub(super) fn decode_records(payload: &[u8]) -> Result<Vec<Record>, DecodeError>
     Ok(records)
 }
 
-/// Whether a whole frame written after `expected` lies anywhere in `bytes`.
-pub(super) fn later_frame_exists(bytes: &[u8], expected: u64) -> bool {
+/// The whole frames written after `expected`, wherever in `bytes` they lie.
+pub(super) fn later_frames(bytes: &[u8], expected: u64) -> impl Iterator<Item = Frame<'_>> {
     let last = bytes.len().saturating_sub(HEADER_BYTES);
-    (1..=last).any(|at| {
+    (1..=last).filter_map(move |at| {
         let sequence =
             u64::from_le_bytes(bytes[at + 8..at + 16].try_into().expect("a slice of eight bytes"));
         let later = sequence > expected && sequence - expected < SEQUENCE_WINDOW;
-        later && decode_frame(&bytes[at..]).is_some()
+        if later { decode_frame(&bytes[at..]) } else { None }
     })
 }
 

@@ -19,9 +19,7 @@ use std::{
 
 use super::{
     LOCK_FILE, Record, Recovered, WalError,
-    frame::{
-        Frame, decode_frame, decode_records, encode_frame, later_frame_exists, was_written_whole,
-    },
+    frame::{Frame, decode_frame, decode_records, encode_frame, later_frames, was_written_whole},
     io_error, latest_of,
     segment::{self, Header, Identity, Owner, SEGMENT_HEADER_BYTES, Segment},
     state_file::{self, Found, StateFile},
@@ -29,7 +27,7 @@ use super::{
 };
 use crate::{
     disk::{self, Disk, DiskFile},
-    types::{LogId, Vote},
+    types::{LogId, Membership, Payload, Vote},
 };
 
 /// The largest segment file that is read back.
@@ -92,6 +90,8 @@ pub(crate) struct Scan {
     segments: Vec<Scanned>,
     /// Segments that the damage makes useless.
     beyond: Vec<PathBuf>,
+    /// The newest membership behind the damage: of use only to tell who the peers are.
+    lost_membership: Option<Membership>,
 }
 
 impl Scan {
@@ -127,7 +127,38 @@ impl Scan {
         }
         scan.check_entries(directory);
         scan.check_mark(directory);
+        if scan.damage.is_some() {
+            scan.look_beyond(disk)?;
+        }
         Ok(scan)
+    }
+
+    /// The newest membership that the directory knows of, in order or behind the damage.
+    pub(crate) fn newest_membership(&self) -> Option<Membership> {
+        self.lost_membership.clone().or_else(|| self.recovered.membership())
+    }
+
+    /// Looks for memberships behind the damage.
+    fn look_beyond<D: Disk>(&mut self, disk: &D) -> Result<(), WalError> {
+        let cut = self.segments.last().map(|last| (last.path.clone(), last.end));
+        let beyond = self.beyond.iter().map(|path| (path.clone(), 0));
+        for (path, from) in cut.into_iter().chain(beyond) {
+            let bytes = read_bounded(disk, &path)?;
+            let tail = bytes.get(from..).unwrap_or_default();
+            let written = tail.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+            let frames = later_frames(&tail[..written], self.next_sequence);
+            let records =
+                frames.flat_map(|frame| decode_records(frame.payload).unwrap_or_default());
+            let memberships = records.filter_map(|record| match record {
+                Record::Entry(entry) => match entry.payload {
+                    Payload::Membership(membership) => Some(membership),
+                    _ => None,
+                },
+                _ => None,
+            });
+            self.lost_membership = memberships.last().or(self.lost_membership.take());
+        }
+        Ok(())
     }
 
     /// Whether nothing was ever kept here.
@@ -208,7 +239,7 @@ impl Scan {
         scanned.torn_bytes = tail.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
         if self.damage.is_none()
             && is_last
-            && later_frame_exists(&tail[..scanned.torn_bytes], self.next_sequence)
+            && later_frames(&tail[..scanned.torn_bytes], self.next_sequence).next().is_some()
         {
             self.found(path, scanned.end as u64, "valid frames follow unreadable ones");
         }

@@ -243,6 +243,9 @@ impl Cluster {
 
     fn still_to_do(&self) -> Option<String> {
         self.world.with(|shared| {
+            if shared.clients > 0 {
+                return Some(format!("{} clients wait for an answer", shared.clients));
+            }
             if shared.replacing {
                 return Some("a host is being replaced".into());
             }

@@ -77,7 +77,12 @@ async fn simulate(seed: u64, world: World) -> Report {
     if result.is_ok() {
         runtime::spawn(guests::write(world.clone()));
         for number in 0..CLIENTS {
-            runtime::spawn(Client::new(&world, number).run());
+            world.with(|shared| shared.clients += 1);
+            let (client, world) = (Client::new(&world, number), world.clone());
+            runtime::spawn(async move {
+                client.run().await;
+                world.with(|shared| shared.clients -= 1);
+            });
         }
         let until = runtime::now() + Duration::from_secs(shape.between(5, 25));
         let replaced = shape.chance(20).then(|| HostId(shape.between(1, HOSTS)));

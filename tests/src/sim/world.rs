@@ -38,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) trace: Trace,
     /// Whether clients go on.
     pub(crate) busy: bool,
+    /// Clients that have not ended: what they wait for isn't in the history yet.
+    pub(crate) clients: u64,
     /// Nodes that are being started or run.
     pub(crate) starting: BTreeSet<HostId>,
     /// Whether a host is being replaced.
@@ -59,6 +61,7 @@ impl World {
             checks: Checks::default(),
             trace: Trace::new(print),
             busy: true,
+            clients: 0,
             starting: BTreeSet::new(),
             replacing: false,
             damaged: None,
