@@ -1,7 +1,7 @@
 //! Heartbeats and leases: what a host's node asks its leader every second, and what the leader
 //! answers. The tables are the product's (`controller::plan::leases`); clocks are the hosts'.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use controller::ids::HostId;
@@ -36,18 +36,12 @@ pub(crate) struct Answers {
     world: World,
     host: HostId,
     table: Table,
-    raft: OnceLock<Node>,
 }
 
 impl Answers {
     /// For a node that is about to start.
     pub(crate) fn new(world: &World, host: HostId, table: &Table) -> Answers {
-        Answers { world: world.clone(), host, table: table.clone(), raft: OnceLock::new() }
-    }
-
-    /// The node runs.
-    pub(crate) fn ready(&self, raft: &Node) {
-        let _ = self.raft.set(raft.clone());
+        Answers { world: world.clone(), host, table: table.clone() }
     }
 }
 
@@ -60,7 +54,8 @@ impl raft::Calls for Answers {
     /// The answer is the index from which on a lease counts, or nothing where there is none.
     fn call(&self, peer: u64, _: Vec<u8>) -> BoxFuture<'static, Vec<u8>> {
         let (world, here, table) = (self.world.clone(), self.host, self.table.clone());
-        let raft = self.raft.get().cloned();
+        // Not kept here, where consensus would hold itself for ever.
+        let raft = self.world.node(self.host).map(|node| node.raft);
         Box::pin(async move {
             let Some(raft) = raft else { return Vec::new() };
             let peer = HostId(peer);

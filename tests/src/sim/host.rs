@@ -1,6 +1,6 @@
 //! A host's node process: started, killed, powered off with its machine.
 
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use controller::ids::HostId;
@@ -67,9 +67,7 @@ async fn serve(world: &World, id: HostId, keeping: Keeping) -> Result<Node, Stri
     let table = Table::default();
     let placing = Arc::new(Placing::new(world, id, &table));
     let calls = Arc::new(heartbeat::Answers::new(world, id, &table));
-    let raft = Node::start(id, keeping, placing.clone(), calls.clone()).await?;
-    placing.raft.set(raft.clone()).unwrap_or_default();
-    calls.ready(&raft);
+    let raft = Node::start(id, keeping, placing, calls).await?;
     Agent::start(world, id, &raft);
     runtime::spawn_on(id, heartbeat::beat(world.clone(), id, raft.clone()));
     runtime::spawn_on(id, leader::lead(world.clone(), id, raft.clone(), table));
@@ -95,7 +93,6 @@ pub(crate) fn kill_node(world: &World, id: HostId, loss: Loss) {
 struct Placing {
     world: World,
     host: HostId,
-    raft: OnceLock<Node>,
     table: Table,
     in_flight: Mutex<InFlight>,
 }
@@ -105,7 +102,6 @@ impl Placing {
         Placing {
             world: world.clone(),
             host,
-            raft: OnceLock::new(),
             table: table.clone(),
             in_flight: Mutex::default(),
         }
@@ -115,10 +111,10 @@ impl Placing {
 impl raft::Prepare for Placing {
     fn prepare(&self, bytes: Vec<u8>) -> Vec<u8> {
         let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        let (Ok(command), Some(raft)) = (Command::decode(&bytes), self.raft.get()) else {
+        let (Ok(command), Some(node)) = (Command::decode(&bytes), self.world.node(self.host)) else {
             return bytes;
         };
-        let state = raft.view();
+        let state = node.raft.view();
         let now = self.world.host(self.host, |hardware| hardware.clock(runtime::now()));
         let hosts = state.cluster.hosts.keys().copied();
         let leases = self.table.lock();

@@ -104,6 +104,8 @@ async fn simulate(seed: u64, world: World) -> Report {
     }
     let states = cluster.states();
     world.with(|shared| {
+        // They hold the world, and it them.
+        shared.nodes.clear();
         shared.checks.check("settled", result);
         shared.checks.finish(&states);
         let (hash, events) = shared.trace.hash();
