@@ -31,7 +31,7 @@ use crate::{
     reads::{self, Rounds},
     requests::Incoming,
     runtime::{JoinHandle, blocking, now, spawn, timeout},
-    snapshot::{SnapshotFiles, Snapshots},
+    snapshot::Snapshots,
     space,
     state_machine::{Machine, Published},
     storage,
@@ -44,8 +44,8 @@ use crate::{
         server,
         tls::TlsContext,
     },
-    types::{Incarnation, MemberNode, Types},
-    wal::{Identity, Opened, Recovered, Wal, Writer, recovery},
+    types::{Incarnation, MemberNode, Snapshot, Types},
+    wal::{Identity, Recovered, Wal, Writer, recovery},
     watch,
 };
 
@@ -187,12 +187,13 @@ impl<S: StateMachine> Raft<S> {
         let mut settings = openraft_config(&config)?;
         let wire = Arc::new(wire(&config)?);
         let storage = open_storage(&config).await?;
-        let Storage { wal, recovered, files, note_healed, .. } = storage;
+        let Storage { wal, recovered, files, newest, note_healed, .. } = storage;
         let healing = watch::Sender::new(storage.healing);
         let incarnations = Arc::new(Incarnations::new(storage.incarnation));
         let (listener, listen) = bind(&wire, config.listen).await?;
         let peers = Peers::new(config.node_id, wire.clone(), incarnations.clone());
-        let machine = Machine::new(initial, files);
+        let machine = Machine::open(initial, files, newest);
+        let machine = machine.await.map_err(|error| StartError::Restore(error.to_string()))?;
         let published = machine.published();
         let network = NetworkFactory {
             me: config.node_id,
@@ -549,6 +550,7 @@ struct Storage {
     healing: Option<String>,
     incarnation: Incarnation,
     files: Arc<dyn Snapshots>,
+    newest: Option<Snapshot>,
     note_healed: Arc<NoteHealed>,
 }
 
@@ -557,9 +559,10 @@ impl Storage {
     fn new<D: Disk>(
         config: &Config,
         disk: D,
-        (opened, files): (Opened<D>, SnapshotFiles<D>),
+        files: storage::Files<D>,
         start: impl FnOnce(&Wal, Writer<D>) -> Result<(), StartError>,
     ) -> Result<Self, StartError> {
+        let opened = files.log;
         start(&opened.wal, opened.writer)?;
         let directory = config.directory.clone();
         Ok(Self {
@@ -567,7 +570,8 @@ impl Storage {
             recovered: opened.recovered,
             healing: opened.healing,
             incarnation: opened.incarnation,
-            files: Arc::new(files),
+            files: Arc::new(files.snapshots),
+            newest: files.newest,
             note_healed: Arc::new(move || recovery::note_healed(&disk, &directory)),
         })
     }

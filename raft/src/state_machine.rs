@@ -75,6 +75,8 @@ pub(crate) struct Machine<S: StateMachine> {
     time_ms: u64,
     published: Arc<Published<S>>,
     files: Arc<dyn Snapshots>,
+    /// The newest snapshot as it was read at the start, until something comes after it.
+    opened: Option<Snapshot>,
 }
 
 impl<S: StateMachine> Machine<S> {
@@ -96,7 +98,33 @@ impl<S: StateMachine> Machine<S> {
             time_ms: 0,
             published,
             files,
+            opened: None,
         }
+    }
+
+    /// Goes on from the newest snapshot, where there is one.
+    pub(crate) async fn open(
+        state: S,
+        files: Arc<dyn Snapshots>,
+        newest: Option<Snapshot>,
+    ) -> Result<Self, io::Error> {
+        let mut machine = Self::new(state, files);
+        if let Some(Snapshot { meta, snapshot }) = newest {
+            let state = restored(&snapshot).await?;
+            machine.become_snapshot(state, &meta, snapshot.clone());
+            machine.opened = Some(Snapshot { meta, snapshot });
+        }
+        Ok(machine)
+    }
+
+    fn become_snapshot(&mut self, state: S, meta: &SnapshotMeta, snapshot: SnapshotData) {
+        self.opened = None;
+        self.state = state;
+        self.time_ms = snapshot.time_ms;
+        self.removed = Arc::new(snapshot.removed);
+        self.last_applied = meta.last_log_id;
+        self.membership = Arc::new(meta.last_membership.clone());
+        self.published.publish(self.picture());
     }
 
     pub(crate) fn published(&self) -> Arc<Published<S>> {
@@ -166,6 +194,7 @@ impl<S: StateMachine> RaftStateMachine<Types> for Machine<S> {
     where
         T: Stream<Item = Result<EntryResponder<Types>, io::Error>> + Unpin + OptionalSend,
     {
+        self.opened = None;
         let mut answers: Vec<(ApplyResponder<Types>, Vec<u8>)> = Vec::new();
         while let Some(item) = entries.next().await {
             let (entry, responder) = item?;
@@ -191,23 +220,16 @@ impl<S: StateMachine> RaftStateMachine<Types> for Machine<S> {
         meta: &SnapshotMeta,
         snapshot: SnapshotData,
     ) -> Result<(), io::Error> {
-        let bytes = snapshot.state.clone();
-        let state = blocking(move || {
-            S::restore(&bytes)
-                .map_err(|reason| io::Error::other(format!("can't restore a snapshot: {reason}")))
-        })
-        .await?;
+        let state = restored(&snapshot).await?;
         saved(&self.files, meta, &snapshot).await?;
-        self.state = state;
-        self.time_ms = snapshot.time_ms;
-        self.removed = Arc::new(snapshot.removed);
-        self.last_applied = meta.last_log_id;
-        self.membership = Arc::new(meta.last_membership.clone());
-        self.published.publish(self.picture());
+        self.become_snapshot(state, meta, snapshot);
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        if let Some(opened) = &self.opened {
+            return Ok(Some(opened.clone()));
+        }
         let files = self.files.clone();
         blocking(move || files.newest().map_err(io::Error::other)).await
     }
@@ -250,6 +272,15 @@ impl<S: StateMachine> Builder<S> {
         };
         Ok(Snapshot { meta, snapshot })
     }
+}
+
+async fn restored<S: StateMachine>(snapshot: &SnapshotData) -> Result<S, io::Error> {
+    let bytes = snapshot.state.clone();
+    blocking(move || {
+        S::restore(&bytes)
+            .map_err(|reason| io::Error::other(format!("can't restore a snapshot: {reason}")))
+    })
+    .await
 }
 
 /// Saves a snapshot; waits for space as long as there is none, because openraft stops a node whose

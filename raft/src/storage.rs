@@ -7,12 +7,20 @@ use crate::{
     StartError,
     disk::Disk,
     snapshot::SnapshotFiles,
-    types::Membership,
+    types::{Membership, Snapshot},
     wal::{Identity, Opened, Opening, WalError, WalOptions},
 };
 
 /// Where snapshots lie within a node's directory.
 pub(crate) const SNAPSHOTS: &str = "snapshots";
+
+/// A node's files, opened.
+pub(crate) struct Files<D: Disk> {
+    pub(crate) log: Opened<D>,
+    pub(crate) snapshots: SnapshotFiles<D>,
+    /// What the state begins with.
+    pub(crate) newest: Option<Snapshot>,
+}
 
 /// Opens what is on disk and repairs what can be repaired. A node whose log is damaged opens with
 /// what is left and says so in `healing`; one that nobody could heal is refused.
@@ -21,7 +29,7 @@ pub(crate) fn open<D: Disk>(
     identity: Identity,
     directory: PathBuf,
     fresh_incarnation: [u8; 16],
-) -> Result<(Opened<D>, SnapshotFiles<D>), StartError> {
+) -> Result<Files<D>, StartError> {
     let opening = Opening::begin(
         disk.clone(),
         WalOptions {
@@ -45,8 +53,8 @@ pub(crate) fn open<D: Disk>(
             return Err(WalError::from(damage).into());
         }
     }
-    let last = snapshot.and_then(|snapshot| snapshot.meta.last_log_id);
-    Ok((opening.finish(last)?, files))
+    let last = snapshot.as_ref().and_then(|snapshot| snapshot.meta.last_log_id);
+    Ok(Files { log: opening.finish(last)?, snapshots: files, newest: snapshot })
 }
 
 fn is_alone(membership: &Membership, identity: Identity) -> bool {

@@ -99,19 +99,15 @@ struct Placing {
 
 impl Placing {
     fn new(world: &World, host: HostId, table: &Table) -> Placing {
-        Placing {
-            world: world.clone(),
-            host,
-            table: table.clone(),
-            in_flight: Mutex::default(),
-        }
+        Placing { world: world.clone(), host, table: table.clone(), in_flight: Mutex::default() }
     }
 }
 
 impl raft::Prepare for Placing {
     fn prepare(&self, bytes: Vec<u8>) -> Vec<u8> {
         let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        let (Ok(command), Some(node)) = (Command::decode(&bytes), self.world.node(self.host)) else {
+        let (Ok(command), Some(node)) = (Command::decode(&bytes), self.world.node(self.host))
+        else {
             return bytes;
         };
         let state = node.raft.view();
