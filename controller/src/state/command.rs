@@ -1,7 +1,10 @@
 //! Commands as a whole, and their bytes in the log.
 
-use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::marker::PhantomData;
+
+use serde::de::{DeserializeOwned, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use thiserror::Error;
 
 use super::cluster::ClusterCommand;
@@ -59,15 +62,44 @@ struct Versioned<'a, T> {
     body: &'a T,
 }
 
-#[derive(Deserialize)]
-struct Version {
+/// What was read: the body only where its version is ours, because only then it can be understood.
+struct Read<T> {
     version: u16,
+    body: Option<T>,
 }
 
-#[derive(Deserialize)]
-struct Body<T> {
-    body: T,
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Read<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(ReadVisitor(PhantomData))
+    }
 }
+
+/// One pass over the bytes: commands are read on every node, at every write.
+struct ReadVisitor<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for ReadVisitor<T> {
+    type Value = Read<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a version and a body")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Read<T>, A::Error> {
+        let (mut version, mut body) = (None, None);
+        while let Some(key) = map.next_key::<&str>()? {
+            match key {
+                "version" => version = Some(map.next_value()?),
+                "body" if version == Some(ENCODING_VERSION) => body = Some(map.next_value()?),
+                _ => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        let version = version.ok_or_else(|| A::Error::missing_field("version"))?;
+        Ok(Read { version, body })
+    }
+}
+
+/// Most commands and outcomes have fewer bytes: room for them is made once.
+const USUAL_BYTES: usize = 1024;
 
 /// Encodes with the version in front.
 pub(crate) fn encode<T: Serialize>(body: &T) -> Vec<u8> {
@@ -75,18 +107,21 @@ pub(crate) fn encode<T: Serialize>(body: &T) -> Vec<u8> {
 }
 
 pub(super) fn encode_as<T: Serialize>(version: u16, body: &T) -> Vec<u8> {
-    rmp_serde::to_vec_named(&Versioned { version, body })
-        .expect("plain data without a length of its own always encodes")
+    let mut bytes = Vec::with_capacity(USUAL_BYTES);
+    Versioned { version, body }
+        .serialize(&mut rmp_serde::Serializer::new(&mut bytes).with_struct_map())
+        .expect("plain data without a length of its own always encodes");
+    bytes
 }
 
 /// Decodes what `encode` made.
 pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, DecodeError> {
-    let Version { version } = rmp_serde::from_slice(bytes).map_err(DecodeError::Malformed)?;
+    let Read { version, body } = rmp_serde::from_slice(bytes).map_err(DecodeError::Malformed)?;
     if version != ENCODING_VERSION {
         return Err(DecodeError::Version(version));
     }
-    let Body { body } = rmp_serde::from_slice(bytes).map_err(DecodeError::Malformed)?;
-    Ok(body)
+    let missing = || DecodeError::Malformed(serde::de::Error::missing_field("body"));
+    body.ok_or_else(missing)
 }
 
 impl Command {
