@@ -35,7 +35,7 @@ fn rig() -> Option<Rig> {
         eprintln!("SKIPPED: no /dev/kvm");
         return None;
     }
-    let machine = Machine::create(&Host::open().unwrap(), 16, 1).unwrap();
+    let machine = Machine::create(&Host::open().unwrap(), 16, Default::default(), 1).unwrap();
     let bus = Bus::new(machine.ram.clone(), Interrupts::new(Arc::clone(&machine.vm)));
     Some(Rig { bus: Arc::new(bus), ram: machine.ram.clone(), _machine: machine })
 }

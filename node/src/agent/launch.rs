@@ -193,7 +193,12 @@ impl Agent {
             nonce: record.nonce.clone(),
             vcpus: u8::try_from(view.server.flavor.vcpus).context("too many vCPUs")?,
             memory_mib: u32::try_from(view.server.flavor.ram_mib).context("too much memory")?,
-            boot: Boot { kernel: resources.add(disks.kernel), cmdline: String::new() },
+            huge_pages: Default::default(),
+            boot: Boot {
+                kernel: resources.add(disks.kernel),
+                initrd: None,
+                cmdline: String::new(),
+            },
             console: Some(Console {
                 file: resources.add(prepared.console.into()),
                 capacity_bytes: super::CONSOLE_BYTES_MAX as u64,

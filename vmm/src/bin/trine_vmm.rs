@@ -23,6 +23,13 @@ A configuration (JSON; every path is opened before the sandbox closes):
   \"control\": { \"path\": \"/run/demo.sock\" }
 }
 Console output goes to standard output unless \"console\": { \"file\": { \"path\": FILE } } is given.
+
+The kernel is a unikernel's ELF, a Linux bzImage, or a Linux vmlinux with a PVH entry; the file says which.
+Linux also takes \"vcpus\" and an initrd:
+  \"vcpus\": 2,
+  \"boot\": { \"kernel\": { \"path\": \"vmlinuz\" }, \"initrd\": { \"path\": \"initrd.img\" },
+            \"cmdline\": \"console=ttyS0 root=/dev/vda\" }
+Memory in huge pages: \"huge_pages\": \"transparent\", or \"reserved\" (vm.nr_hugepages).
 ";
 
 fn main() -> ExitCode {

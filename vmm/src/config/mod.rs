@@ -32,6 +32,9 @@ pub struct VmConfig {
     pub vcpus: u8,
     /// Guest memory, MiB, at least 16.
     pub memory_mib: u32,
+    /// Whether memory is in huge pages.
+    #[serde(default)]
+    pub huge_pages: HugePages,
     /// What runs.
     pub boot: Boot,
     /// Where console output goes; absent: standard output (standalone) or nowhere.
@@ -66,11 +69,28 @@ fn one() -> u8 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Boot {
-    /// The kernel: a unikernel ELF (see `abi::boot`).
+    /// The kernel: a unikernel ELF (see `abi::boot`), a Linux `bzImage`, or a Linux `vmlinux` with
+    /// a PVH entry. The file itself says which.
     pub kernel: Resource,
+    /// Linux's first file system.
+    #[serde(default)]
+    pub initrd: Option<Resource>,
     /// Its command line.
     #[serde(default)]
     pub cmdline: String,
+}
+
+/// Pages of guest memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HugePages {
+    /// As the host's kernel does by itself.
+    #[default]
+    Off,
+    /// Huge where the host's kernel finds them (`MADV_HUGEPAGE`).
+    Transparent,
+    /// 2 MiB pages that the host's administrator reserved (`vm.nr_hugepages`), all taken at start.
+    Reserved,
 }
 
 /// Console output: a ring file that keeps the last `capacity_bytes`.

@@ -1,10 +1,10 @@
 //! The rules a configuration keeps, checked once; each broken rule is one line that names the
 //! key, the value and what would be right.
 
-use super::{DiskConfig, NetConfig, Resource, VmConfig};
+use super::{DiskConfig, HugePages, NetConfig, Resource, VmConfig};
 use crate::machine::VCPUS_MAX;
 use crate::machine::boot::CMDLINE_BYTES_MAX;
-use crate::machine::memory::{MEMORY_MIB_MAX, MEMORY_MIB_MIN};
+use crate::machine::memory::{HUGE_PAGE_MIB, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
 use abi::boot::PCI_SLOTS;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -72,10 +72,21 @@ impl VmConfig {
             (MEMORY_MIB_MIN..=MEMORY_MIB_MAX).contains(&self.memory_mib),
             format!("memory_mib: {}; from {MEMORY_MIB_MIN} to {MEMORY_MIB_MAX}", self.memory_mib),
         );
+        rule(
+            self.huge_pages != HugePages::Reserved || self.memory_mib.is_multiple_of(HUGE_PAGE_MIB),
+            format!(
+                "memory_mib: {}; a multiple of {HUGE_PAGE_MIB} with reserved huge pages",
+                self.memory_mib
+            ),
+        );
         let cmdline = self.boot.cmdline.len();
         rule(
             cmdline <= CMDLINE_BYTES_MAX,
             format!("boot.cmdline: {cmdline} bytes; at most {CMDLINE_BYTES_MAX}"),
+        );
+        rule(
+            !self.boot.cmdline.contains('\0'),
+            "boot.cmdline: a zero byte would end it early; leave it out".into(),
         );
         if let Some(console) = &self.console {
             rule(
@@ -117,6 +128,7 @@ impl VmConfig {
         });
         let mut problems: Vec<String> =
             std::iter::once(("boot.kernel".to_string(), &self.boot.kernel))
+                .chain(self.boot.initrd.iter().map(|initrd| ("boot.initrd".to_string(), initrd)))
                 .chain(disks)
                 .filter_map(|(key, resource)| match resource {
                     Resource::Path(path) if !path.exists() => {
@@ -213,6 +225,8 @@ mod tests {
             (r#"{"vcpus": 0}"#, "vcpus"),
             (r#"{"memory_mib": 8}"#, "memory_mib"),
             (r#"{"memory_mib": 70000000}"#, "memory_mib"),
+            (r#"{"memory_mib": 65, "huge_pages": "reserved"}"#, "memory_mib: 65"),
+            (r#"{"huge_pages": "large"}"#, "large"),
             (r#"{"colour": "red"}"#, "colour"),
             (r#"{"id": ""}"#, "id"),
             (

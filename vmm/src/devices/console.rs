@@ -4,7 +4,7 @@
 //! waits for anyone. Neither of the ring's indices is trusted.
 
 use crate::config::{CONSOLE_HEADER_BYTES, CONSOLE_MAGIC};
-use crate::machine::boot::{CONSOLE, CONSOLE_BYTES};
+use crate::machine::boot::unikernel::{CONSOLE, CONSOLE_BYTES};
 use crate::machine::memory::Ram;
 use std::fs::File;
 use std::io::{self, Write};
@@ -25,6 +25,20 @@ pub enum Sink {
     Stdout,
     /// A file that keeps the last bytes.
     Ring(RingFile),
+}
+
+impl Sink {
+    /// Writes; a sink that fails loses output: a full disk must not stop a guest that talks.
+    pub fn write(&mut self, bytes: &[u8]) {
+        let _ = match self {
+            Sink::Nowhere => Ok(()),
+            Sink::Stdout => {
+                let mut out = io::stdout().lock();
+                out.write_all(bytes).and_then(|()| out.flush())
+            }
+            Sink::Ring(ring) => ring.write(bytes),
+        };
+    }
 }
 
 /// The file form of a console: see [`crate::config::Console`].
@@ -84,8 +98,6 @@ impl Console {
     }
 
     /// Takes what waits in the ring; returns the number of bytes taken.
-    ///
-    /// A sink that fails loses output: a full disk must not stop a guest that talks.
     pub fn drain(&mut self, ram: &Ram) -> usize {
         let Ok(head) = ram.load::<u32>(HEAD, Ordering::Acquire) else { return 0 };
         let mut waiting = head.wrapping_sub(self.tail);
@@ -102,14 +114,7 @@ impl Console {
         self.tail = head;
         let _ = ram.store(self.tail, TAIL, Ordering::Release);
         if copied {
-            let _ = match &mut self.sink {
-                Sink::Nowhere => Ok(()),
-                Sink::Stdout => {
-                    let mut out = io::stdout().lock();
-                    out.write_all(&self.buffer).and_then(|()| out.flush())
-                }
-                Sink::Ring(ring) => ring.write(&self.buffer),
-            };
+            self.sink.write(&self.buffer);
         }
         waiting as usize
     }

@@ -7,6 +7,7 @@ pub mod blk;
 pub mod chain;
 pub mod console;
 pub mod net;
+pub mod serial;
 
 use crate::machine::memory::Ram;
 use crate::pci::msix::{Msix, NO_VECTOR};

@@ -1,12 +1,14 @@
 //! Guest memory: anonymous, private, from address 0 to the PCI hole and on from 4 GiB.
 
 use super::{MachineError, kvm};
+use crate::config::HugePages;
 use abi::boot::PCI_HOLE_START;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::{MmapRegionBuilder, NewBitmap};
 use vm_memory::{
-    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress,
 };
 
@@ -15,8 +17,10 @@ pub type Ram = GuestMemoryMmap<AtomicBitmap>;
 
 /// Least memory of a guest, MiB.
 pub const MEMORY_MIB_MIN: u32 = 16;
-/// Most memory of a guest, MiB: what the boot page tables below 1 MiB can map.
-pub const MEMORY_MIB_MAX: u32 = 64 << 10;
+/// Most memory of a guest, MiB: 16 TiB, beyond any host (a unikernel has a limit of its own).
+pub const MEMORY_MIB_MAX: u32 = 16 << 20;
+/// A huge page, MiB.
+pub const HUGE_PAGE_MIB: u32 = 2;
 
 /// Where RAM goes on above the hole.
 pub const HIGH_RAM_START: u64 = 1 << 32;
@@ -28,15 +32,65 @@ pub fn split(memory_mib: u32) -> (u64, u64) {
     (low, bytes - low)
 }
 
-/// Maps the memory; pages are the host's only once the guest touches them.
+/// Maps the memory in ordinary pages; they are the host's only once the guest touches them.
 pub fn map(memory_mib: u32) -> Result<Ram, MachineError> {
+    map_in(memory_mib, HugePages::Off)
+}
+
+/// Maps the memory; reserved huge pages are taken at once, other pages when the guest touches them.
+pub fn map_in(memory_mib: u32, pages: HugePages) -> Result<Ram, MachineError> {
     let (low, high) = split(memory_mib);
     let mut ranges = vec![(GuestAddress(0), low as usize)];
     if high > 0 {
         ranges.push((GuestAddress(HIGH_RAM_START), high as usize));
     }
-    Ram::from_ranges(&ranges)
-        .map_err(|error| MachineError::Memory { mib: memory_mib, reason: error.to_string() })
+    let failed = |reason: String| MachineError::Memory { mib: memory_mib, reason };
+    if pages == HugePages::Off {
+        return Ram::from_ranges(&ranges).map_err(|error| failed(error.to_string()));
+    }
+    let regions = ranges
+        .into_iter()
+        .map(|(start, bytes)| map_huge(start, bytes, pages))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|reason| failed(format!("{reason}{}", advice(memory_mib, pages))))?;
+    Ram::from_regions(regions).map_err(|error| failed(error.to_string()))
+}
+
+fn advice(memory_mib: u32, pages: HugePages) -> String {
+    let needed = memory_mib / HUGE_PAGE_MIB;
+    match pages {
+        HugePages::Reserved => format!(
+            "; reserve {needed} huge pages of 2 MiB (sysctl vm.nr_hugepages), or leave huge_pages out"
+        ),
+        _ => "; leave huge_pages out where the kernel has no transparent huge pages".into(),
+    }
+}
+
+fn map_huge(
+    start: GuestAddress,
+    bytes: usize,
+    pages: HugePages,
+) -> Result<GuestRegionMmap<AtomicBitmap>, String> {
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    flags |= match pages {
+        // Without MAP_NORESERVE, so that it fails here and not by a signal later.
+        HugePages::Reserved => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+        _ => libc::MAP_NORESERVE,
+    };
+    let region = MmapRegionBuilder::new_with_bitmap(bytes, AtomicBitmap::with_len(bytes))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags)
+        .with_hugetlbfs(pages == HugePages::Reserved)
+        .build()
+        .map_err(|error| error.to_string())?;
+    if pages == HugePages::Transparent {
+        // SAFETY: the range is the mapping just made; the advice does not change its contents.
+        let advised = unsafe { libc::madvise(region.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        if advised < 0 {
+            return Err(format!("MADV_HUGEPAGE: {}", std::io::Error::last_os_error()));
+        }
+    }
+    GuestRegionMmap::new(region, start).ok_or_else(|| "its end overflows".into())
 }
 
 /// Gives the memory to the VM: one slot a range.
@@ -70,5 +124,21 @@ mod tests {
         let ram = map(3 * 1024 + 16).unwrap();
         assert!(ram.address_in_range(GuestAddress(HIGH_RAM_START + (16 << 20) - 1)));
         assert!(!ram.address_in_range(GuestAddress(PCI_HOLE_START)));
+    }
+
+    #[test]
+    fn huge_pages_are_given_or_the_error_says_what_to_do() {
+        for pages in [HugePages::Transparent, HugePages::Reserved] {
+            match map_in(64, pages) {
+                Ok(ram) => {
+                    let last = GuestAddress((64 << 20) - 8);
+                    vm_memory::Bytes::write_obj(&ram, 7u64, last).unwrap();
+                    assert_eq!(vm_memory::Bytes::read_obj::<u64>(&ram, last).unwrap(), 7);
+                }
+                Err(error) => assert!(error.to_string().contains("huge_pages out"), "{error}"),
+            }
+        }
+        let error = map_in(MEMORY_MIB_MAX, HugePages::Reserved).unwrap_err().to_string();
+        assert!(error.contains("reserve 8388608 huge pages"), "{error}");
     }
 }

@@ -5,11 +5,16 @@
 //! vCPUs (a memory slot after the interrupt chip costs milliseconds). Nothing is torn down: a
 //! guest's process ends and the kernel takes everything back.
 
+pub(crate) mod acpi;
+pub mod board;
 pub mod boot;
+pub mod cpuid;
+pub mod ioapic;
 pub mod memory;
 pub mod run;
 pub mod vcpu;
 
+use crate::config::HugePages;
 use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap, kvm_msi};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use memory::Ram;
@@ -17,10 +22,8 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Most vCPUs of a guest: LAPIC ids stay in one byte.
-pub const VCPUS_MAX: u8 = 64;
+pub const VCPUS_MAX: u8 = 254;
 
-/// Interrupt lines kept for an I/O APIC in this process, as a split interrupt chip wants.
-const IOAPIC_PINS: u64 = 24;
 /// Where KVM may hide three pages for real mode on processors without unrestricted guests.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
 
@@ -47,11 +50,30 @@ pub enum MachineError {
         /// The kernel's answer.
         reason: String,
     },
+    /// More vCPUs than this host's KVM runs.
+    #[error("vcpus: {asked}; this host's KVM runs at most {most} in a guest")]
+    Vcpus {
+        /// Asked for.
+        asked: u8,
+        /// What KVM says.
+        most: usize,
+    },
+    /// More memory than this host's processors address.
+    #[error("memory_mib: {mib}; this host's processors address at most {bits} bits")]
+    AddressBits {
+        /// Size asked for.
+        mib: u32,
+        /// Width of a physical address.
+        bits: u32,
+    },
     /// The kernel image is not one this VMM boots.
     #[error("kernel image: {0}")]
     Kernel(String),
+    /// The initrd does not go with the kernel or the memory.
+    #[error("initrd: {0}")]
+    Initrd(String),
     /// Boot data could not be written to guest memory.
-    #[error("write boot parameters: {0}")]
+    #[error("boot parameters: {0}")]
     Boot(String),
 }
 
@@ -80,9 +102,9 @@ impl Host {
         let deadline_timer = kvm_device.check_extension(Cap::TscDeadlineTimer);
         for entry in cpuid.as_mut_slice() {
             if entry.function == 1 {
-                entry.ecx |= vcpu::CPUID_1_ECX_HYPERVISOR | vcpu::CPUID_1_ECX_X2APIC;
+                entry.ecx |= cpuid::ECX_1_HYPERVISOR | cpuid::ECX_1_X2APIC;
                 if deadline_timer {
-                    entry.ecx |= vcpu::CPUID_1_ECX_TSC_DEADLINE;
+                    entry.ecx |= cpuid::ECX_1_TSC_DEADLINE;
                 }
             }
         }
@@ -92,6 +114,22 @@ impl Host {
     /// The processor every guest sees, before the parts that differ between its vCPUs.
     pub fn cpuid(&self) -> &CpuId {
         &self.cpuid
+    }
+
+    /// Refuses what this host can't run.
+    fn check(&self, memory_mib: u32, vcpus: u8) -> Result<(), MachineError> {
+        if vcpus > 1 {
+            let most = self.kvm.get_max_vcpus();
+            if usize::from(vcpus) > most {
+                return Err(MachineError::Vcpus { asked: vcpus, most });
+            }
+        }
+        let (_, high) = memory::split(memory_mib);
+        let bits = cpuid::address_bits(&self.cpuid);
+        if high > 0 && (memory::HIGH_RAM_START + high - 1) >> bits != 0 {
+            return Err(MachineError::AddressBits { mib: memory_mib, bits });
+        }
+        Ok(())
     }
 
     /// The open `/dev/kvm`.
@@ -114,14 +152,20 @@ pub struct Machine {
 
 impl Machine {
     /// Makes the machine in the order that costs least.
-    pub fn create(host: &Host, memory_mib: u32, vcpus: u8) -> Result<Machine, MachineError> {
+    pub fn create(
+        host: &Host,
+        memory_mib: u32,
+        pages: HugePages,
+        vcpus: u8,
+    ) -> Result<Machine, MachineError> {
+        host.check(memory_mib, vcpus)?;
         let vm = host.kvm.create_vm().map_err(kvm("CREATE_VM"))?;
-        let ram = memory::map(memory_mib)?;
+        let ram = memory::map_in(memory_mib, pages)?;
         memory::register(&vm, &ram)?;
         vm.set_tss_address(TSS_ADDRESS).map_err(kvm("SET_TSS_ADDR"))?;
         split_interrupt_chip(&vm)?;
         let vcpus = (0..vcpus)
-            .map(|id| vcpu::create(&vm, host.cpuid(), id))
+            .map(|id| vcpu::create(&vm, id, &cpuid::of_vcpu(host.cpuid(), id, vcpus)?))
             .collect::<Result<Vec<_>, _>>()?;
         let tsc_hz = vcpus.first().map_or(Ok(0), vcpu::tsc_hz)?;
         Ok(Machine { vm: Arc::new(vm), ram, vcpus, tsc_hz })
@@ -130,7 +174,7 @@ impl Machine {
 
 fn split_interrupt_chip(vm: &VmFd) -> Result<(), MachineError> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-    cap.args[0] = IOAPIC_PINS;
+    cap.args[0] = ioapic::PINS as u64;
     vm.enable_cap(&cap).map_err(kvm("ENABLE_CAP split irqchip"))
 }
 

@@ -1,25 +1,20 @@
 //! vCPUs: their creation, their state at the guest's first instruction, and their loop.
 
-use super::boot::{PAGE_TABLE_ROOT, PARAMS};
+use super::boot::linux::{GDT, GDT_BYTES};
+use super::boot::unikernel::PARAMS;
+use super::boot::{Loaded, PAGE_TABLE_ROOT};
 use super::run::Gate;
 use super::{MachineError, kvm};
-use abi::boot::{CPU_INVARIANT_TSC, CPU_RDRAND, CPU_SSE42, CPU_TSC_DEADLINE};
 use kvm_bindings::{
     CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, kvm_device_attr, kvm_fpu, kvm_regs, kvm_segment,
-    kvm_sregs,
+    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr, kvm_dtable, kvm_fpu,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use std::os::fd::AsRawFd;
 
-pub(crate) const CPUID_1_ECX_SSE42: u32 = 1 << 20;
-pub(crate) const CPUID_1_ECX_X2APIC: u32 = 1 << 21;
-pub(crate) const CPUID_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
-pub(crate) const CPUID_1_ECX_RDRAND: u32 = 1 << 30;
-pub(crate) const CPUID_1_ECX_HYPERVISOR: u32 = 1 << 31;
-const CPUID_80000007_EDX_INVARIANT_TSC: u32 = 1 << 8;
-
 const CR0_PE_MP_NE_WP_PG: u64 = 1 | 1 << 1 | 1 << 5 | 1 << 16 | 1 << 31;
+const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
 const CR4_PAE_OSFXSR_OSXMMEXCPT: u64 = 1 << 5 | 1 << 9 | 1 << 10;
 const EFER_SCE_LME_LMA_NXE: u64 = 1 | 1 << 8 | 1 << 10 | 1 << 11;
@@ -53,17 +48,9 @@ pub enum End {
 }
 
 /// Creates a vCPU with its processor features.
-pub fn create(vm: &VmFd, cpuid: &CpuId, id: u8) -> Result<VcpuFd, MachineError> {
+pub fn create(vm: &VmFd, id: u8, cpuid: &CpuId) -> Result<VcpuFd, MachineError> {
     let vcpu = vm.create_vcpu(u64::from(id)).map_err(kvm("CREATE_VCPU"))?;
-    let mut cpuid = cpuid.clone();
-    for entry in cpuid.as_mut_slice() {
-        match entry.function {
-            1 => entry.ebx = entry.ebx & 0x00FF_FFFF | u32::from(id) << 24,
-            0xB | 0x1F => entry.edx = u32::from(id),
-            _ => {}
-        }
-    }
-    vcpu.set_cpuid2(&cpuid).map_err(kvm("SET_CPUID2"))?;
+    vcpu.set_cpuid2(cpuid).map_err(kvm("SET_CPUID2"))?;
     // Guest TSC = host TSC: code at CPL3 may read the host's counter whatever the offset (where
     // KVM has no hardware to apply it), and code at CPL0 or the timer must see the same one.
     // Where the kernel lacks the attribute, its own synchronisation stays.
@@ -83,31 +70,6 @@ pub fn create(vm: &VmFd, cpuid: &CpuId, id: u8) -> Result<VcpuFd, MachineError> 
 pub fn host_tsc() -> u64 {
     // SAFETY: every x86-64 processor has it.
     unsafe { core::arch::x86_64::_rdtsc() }
-}
-
-/// `abi::boot::CPU_*` bits of a processor.
-pub fn features(cpuid: &CpuId) -> u64 {
-    let mut features = 0;
-    for entry in cpuid.as_slice() {
-        match entry.function {
-            1 => {
-                for (bit, feature) in [
-                    (CPUID_1_ECX_RDRAND, CPU_RDRAND),
-                    (CPUID_1_ECX_SSE42, CPU_SSE42),
-                    (CPUID_1_ECX_TSC_DEADLINE, CPU_TSC_DEADLINE),
-                ] {
-                    if entry.ecx & bit != 0 {
-                        features |= feature;
-                    }
-                }
-            }
-            0x8000_0007 if entry.edx & CPUID_80000007_EDX_INVARIANT_TSC != 0 => {
-                features |= CPU_INVARIANT_TSC
-            }
-            _ => {}
-        }
-    }
-    features
 }
 
 /// TSC frequency of a vCPU, Hz.
@@ -148,10 +110,61 @@ pub fn set_long_mode(vcpu: &VcpuFd) -> Result<(), MachineError> {
     vcpu.set_fpu(&fpu).map_err(kvm("SET_FPU"))
 }
 
-/// Points the vCPU at the guest's first instruction.
-pub fn set_entry(vcpu: &VcpuFd, entry: u64) -> Result<(), MachineError> {
-    let regs = kvm_regs { rip: entry, rdi: PARAMS, rflags: 2, ..Default::default() };
-    vcpu.set_regs(&regs).map_err(kvm("SET_REGS"))
+/// Points the first vCPU at what was loaded; its mode is a unikernel's so far.
+pub fn set_entry(vcpu: &VcpuFd, loaded: &Loaded) -> Result<(), MachineError> {
+    let regs = match *loaded {
+        Loaded::Unikernel(image) => {
+            kvm_regs { rip: image.entry, rdi: PARAMS, ..Default::default() }
+        }
+        Loaded::Linux64 { entry, zero_page } => {
+            set_linux_mode(vcpu, true)?;
+            kvm_regs { rip: entry, rsi: zero_page, ..Default::default() }
+        }
+        Loaded::Pvh { entry, start_info } => {
+            set_linux_mode(vcpu, false)?;
+            kvm_regs { rip: entry, rbx: start_info, ..Default::default() }
+        }
+    };
+    vcpu.set_regs(&kvm_regs { rflags: 2, ..regs }).map_err(kvm("SET_REGS"))
+}
+
+/// The mode Linux expects at its 64-bit entry (boot.rst, "64-bit Boot Protocol") or at its PVH
+/// entry: 32 bit, flat, paging off.
+fn set_linux_mode(vcpu: &VcpuFd, long: bool) -> Result<(), MachineError> {
+    let mut sregs: kvm_sregs = vcpu.get_sregs().map_err(kvm("GET_SREGS"))?;
+    let code = |segment: kvm_segment| kvm_segment {
+        selector: 0x10,
+        l: u8::from(long),
+        db: u8::from(!long),
+        ..segment
+    };
+    let data = |segment: kvm_segment| kvm_segment { selector: 0x18, db: 1, ..segment };
+    sregs.cs = code(sregs.cs);
+    let flat = data(sregs.ds);
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (flat, flat, flat, flat, flat);
+    sregs.tr.selector = 0x20;
+    sregs.gdt = kvm_dtable { base: GDT, limit: GDT_BYTES - 1, ..Default::default() };
+    if !long {
+        (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0_PE | CR0_ET, 0, 0, 0);
+    }
+    vcpu.set_sregs(&sregs).map_err(kvm("SET_SREGS"))
+}
+
+/// What firmware leaves in a vCPU's registers for Linux: memory is cached (MTRR), strings are fast.
+pub fn set_firmware_state(vcpu: &VcpuFd) -> Result<(), MachineError> {
+    const IA32_MISC_ENABLE: u32 = 0x1A0;
+    const FAST_STRING: u64 = 1;
+    const MTRR_DEFAULT_TYPE: u32 = 0x2FF;
+    const ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
+    let entry = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    for msr in [entry(MTRR_DEFAULT_TYPE, ENABLED_WRITE_BACK), entry(IA32_MISC_ENABLE, FAST_STRING)]
+    {
+        let msrs = Msrs::from_entries(&[msr])
+            .map_err(|error| MachineError::Boot(format!("MSRs: {error:?}")))?;
+        // A processor without the register does without.
+        let _ = vcpu.set_msrs(&msrs).map_err(kvm("SET_MSRS"))?;
+    }
+    Ok(())
 }
 
 /// What an exit means for the loop; details are fetched where the vCPU is no longer borrowed.
@@ -256,26 +269,4 @@ fn internal_error(vcpu: &mut VcpuFd) -> String {
     let what =
         if suberror == 1 { "KVM can't emulate an instruction" } else { "KVM internal error" };
     format!("{what} (suberror {suberror}, data {data:x?}), {}", state(vcpu))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use kvm_bindings::kvm_cpuid_entry2;
-
-    #[test]
-    fn features_come_from_the_guests_cpuid() {
-        let leaf_1 = kvm_cpuid_entry2 {
-            function: 1,
-            ecx: CPUID_1_ECX_RDRAND | CPUID_1_ECX_SSE42,
-            ..Default::default()
-        };
-        let power = kvm_cpuid_entry2 {
-            function: 0x8000_0007,
-            edx: CPUID_80000007_EDX_INVARIANT_TSC,
-            ..Default::default()
-        };
-        let cpuid = CpuId::from_entries(&[leaf_1, power]).unwrap();
-        assert_eq!(features(&cpuid), CPU_RDRAND | CPU_SSE42 | CPU_INVARIANT_TSC);
-    }
 }

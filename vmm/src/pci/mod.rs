@@ -13,6 +13,7 @@ pub mod registers;
 use crate::devices::blk::link::DiskLink;
 use crate::devices::{Device, DeviceKind};
 use crate::machine::Interrupts;
+use crate::machine::ioapic::IoApic;
 use crate::machine::memory::Ram;
 use abi::boot::{
     DeviceEntry, HOTPLUG_REG_DOWN, HOTPLUG_REG_EJECT, HOTPLUG_REG_UP, HOTPLUG_SIZE, HOTPLUG_START,
@@ -20,11 +21,16 @@ use abi::boot::{
 };
 use config_space::ConfigSpace;
 use function::{Function, Retired};
-use std::sync::Arc;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 const MSI_ADDRESS: u64 = 0xFEE0_0000;
+/// The port that takes the address of configuration mechanism 1 (PCI 3.0, section 3.2.2.3.2): Linux
+/// looks for it before it has read the ACPI tables.
+const PORT_CONFIG_ADDRESS: u16 = 0xCF8;
+/// First of the four ports of its data.
+const PORT_CONFIG_DATA: u16 = 0xCFC;
+const CONFIG_ENABLE: u32 = 1 << 31;
 
 /// Why a device could not be plugged or taken away.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -54,6 +60,8 @@ pub struct Bus {
     state: Mutex<State>,
     ejected: Condvar,
     interrupts: Interrupts,
+    /// Where changes are announced, unless by the vector that a unikernel expects.
+    line: OnceLock<(Arc<IoApic>, u8)>,
     ram: Ram,
 }
 
@@ -62,6 +70,7 @@ struct State {
     slots: [Option<Function>; PCI_SLOTS],
     up: u32,
     down: u32,
+    config_address: u32,
     retired: Vec<(String, DeviceKind, Retired)>,
 }
 
@@ -86,9 +95,17 @@ impl Bus {
             slots: [const { None }; PCI_SLOTS],
             up: 0,
             down: 0,
+            config_address: 0,
             retired: Vec::new(),
         };
-        Bus { state: Mutex::new(state), ejected: Condvar::new(), interrupts, ram }
+        let line = OnceLock::new();
+        Bus { state: Mutex::new(state), ejected: Condvar::new(), interrupts, line, ram }
+    }
+
+    /// Announces changes by a pulse on a pin, as ACPI's tables say, instead of by
+    /// [`HOTPLUG_VECTOR`]. Called before the guest runs.
+    pub fn announce_on(&self, ioapic: Arc<IoApic>, pin: u8) {
+        let _ = self.line.set((ioapic, pin));
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -131,7 +148,10 @@ impl Bus {
     }
 
     fn announce(&self) {
-        self.interrupts.signal(MSI_ADDRESS, u32::from(HOTPLUG_VECTOR));
+        match self.line.get() {
+            Some((ioapic, pin)) => ioapic.pulse(*pin),
+            None => self.interrupts.signal(MSI_ADDRESS, u32::from(HOTPLUG_VECTOR)),
+        }
     }
 
     /// Asks the guest for a device and waits until it let go and the host side is closed.
@@ -220,10 +240,7 @@ impl Bus {
     pub fn read(&self, address: u64, data: &mut [u8]) {
         let mut state = self.lock();
         if let Some(offset) = inside(address, PCI_ECAM_START, PCI_ECAM_SIZE) {
-            state.ecam(offset, |target, register| match target {
-                Target::Bridge(bridge) => bridge.read(register, data),
-                Target::Function(function) => function.config_read(register, data),
-            });
+            state.ecam_read(offset, data);
         } else if let Some(offset) = inside(address, HOTPLUG_START, HOTPLUG_SIZE) {
             let value = match offset {
                 HOTPLUG_REG_UP => std::mem::take(&mut state.up),
@@ -244,10 +261,7 @@ impl Bus {
     pub fn write(&self, address: u64, data: &[u8]) {
         let mut state = self.lock();
         if let Some(offset) = inside(address, PCI_ECAM_START, PCI_ECAM_SIZE) {
-            state.ecam(offset, |target, register| match target {
-                Target::Bridge(bridge) => bridge.write(register, data),
-                Target::Function(function) => function.config_write(register, data),
-            });
+            state.ecam_write(offset, data);
         } else if let Some(offset) = inside(address, HOTPLUG_START, HOTPLUG_SIZE) {
             if let (HOTPLUG_REG_EJECT, Ok(bits)) = (offset, <[u8; 4]>::try_from(data)) {
                 state.eject(u32::from_le_bytes(bits));
@@ -260,12 +274,73 @@ impl Bus {
     }
 }
 
+/// What configuration mechanism 1 does with a port.
+enum ConfigPort {
+    Address,
+    /// An offset in the ECAM window.
+    Data(u64),
+    Nothing,
+}
+
+impl Bus {
+    /// A vCPU reads a port; ports that nothing decodes keep what `data` holds (all ones).
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        let mut state = self.lock();
+        match state.config_port(port, data.len()) {
+            ConfigPort::Address => data.copy_from_slice(&state.config_address.to_le_bytes()),
+            ConfigPort::Data(offset) => state.ecam_read(offset, data),
+            ConfigPort::Nothing => {}
+        }
+    }
+
+    /// A vCPU writes a port.
+    pub fn port_write(&self, port: u16, data: &[u8]) {
+        let mut state = self.lock();
+        match (state.config_port(port, data.len()), <[u8; 4]>::try_from(data)) {
+            (ConfigPort::Address, Ok(address)) => {
+                state.config_address = u32::from_le_bytes(address)
+            }
+            (ConfigPort::Data(offset), _) => state.ecam_write(offset, data),
+            _ => {}
+        }
+    }
+}
+
 enum Target<'a> {
     Bridge(&'a mut ConfigSpace),
     Function(&'a mut Function),
 }
 
 impl State {
+    fn config_port(&self, port: u16, len: usize) -> ConfigPort {
+        let data = port.checked_sub(PORT_CONFIG_DATA).map(usize::from);
+        match (port, data) {
+            (PORT_CONFIG_ADDRESS, _) if len == 4 => ConfigPort::Address,
+            (_, Some(within)) if within + len <= 4 && self.config_address & CONFIG_ENABLE != 0 => {
+                // Bus, device, function and register, as ECAM has them but for 4 bits of space.
+                let function = u64::from(self.config_address >> 8 & 0xFFFF);
+                let register = u64::from(self.config_address & 0xFC) + within as u64;
+                let offset = function << 12 | register;
+                if offset < PCI_ECAM_SIZE { ConfigPort::Data(offset) } else { ConfigPort::Nothing }
+            }
+            _ => ConfigPort::Nothing,
+        }
+    }
+
+    fn ecam_read(&mut self, offset: u64, data: &mut [u8]) {
+        self.ecam(offset, |target, register| match target {
+            Target::Bridge(bridge) => bridge.read(register, data),
+            Target::Function(function) => function.config_read(register, data),
+        });
+    }
+
+    fn ecam_write(&mut self, offset: u64, data: &[u8]) {
+        self.ecam(offset, |target, register| match target {
+            Target::Bridge(bridge) => bridge.write(register, data),
+            Target::Function(function) => function.config_write(register, data),
+        });
+    }
+
     fn ecam(&mut self, offset: u64, access: impl FnOnce(Target<'_>, usize)) {
         const SLOT_BYTES: u64 = 0x8000;
         const FUNCTION_BYTES: u64 = 0x1000;

@@ -10,18 +10,20 @@ use super::sandbox::{Sandbox, SandboxError};
 use super::timings::Clock;
 use crate::config::VmConfig;
 use crate::control::{self, SpawnReply, Writes};
-use crate::devices::console::Console;
-use crate::machine::boot::{self, Parameters};
+use crate::machine::board::{Board, HOTPLUG_PIN, PortWrite};
+use crate::machine::boot::unikernel::{self, Parameters};
+use crate::machine::boot::{self, Loaded, Source};
 use crate::machine::memory::Ram;
 use crate::machine::run::Gate;
 use crate::machine::vcpu::{self, End, Exits};
-use crate::machine::{Host, Interrupts, Machine, MachineError};
+use crate::machine::{Host, Interrupts, Machine, MachineError, acpi, cpuid};
 use crate::pci::{Bus, PlugError};
 use abi::boot::{DeviceEntry, MARK_MAIN, MARK_NETWORK, PORT_BOOT_TIMER, PORT_CONSOLE, PORT_EXIT};
 use abi::lease::LeaseView;
+use kvm_ioctls::VcpuFd;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Why a guest could not start.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +44,9 @@ pub enum StartError {
     #[error("vcpus: {0}; a unikernel has 1")]
     Vcpus(u8),
 }
+
+/// Stack of a vCPU's thread.
+const VCPU_STACK_BYTES: usize = 256 << 10;
 
 /// To whom the start is reported.
 pub enum Report {
@@ -73,7 +78,7 @@ pub struct Guest {
     /// The host's lease on changing disks, where there is one.
     pub lease: Option<Arc<LeaseView>>,
     ram: Ram,
-    console: Mutex<Console>,
+    board: Board,
     ending: Ending,
 }
 
@@ -87,13 +92,11 @@ pub fn run(
     sandbox: Sandbox,
     report: &mut Report,
 ) -> Result<Infallible, StartError> {
-    if config.vcpus != 1 {
-        return Err(StartError::Vcpus(config.vcpus));
-    }
-    let mut machine = Machine::create(&host, config.memory_mib, config.vcpus)?;
-    let cpu_features = vcpu::features(host.cpuid());
+    let mut machine = Machine::create(&host, config.memory_mib, config.huge_pages, config.vcpus)?;
+    let cpu_features = cpuid::features(host.cpuid());
     drop(host);
-    let bus = Bus::new(machine.ram.clone(), Interrupts::new(Arc::clone(&machine.vm)));
+    let interrupts = Interrupts::new(Arc::clone(&machine.vm));
+    let bus = Bus::new(machine.ram.clone(), interrupts.clone());
     let table = resources
         .devices
         .into_iter()
@@ -103,8 +106,20 @@ pub fn run(
     let record = resources.exit_record.as_ref().map(AsRawFd::as_raw_fd);
     sandbox.close(&config.sandbox, record, &config.nonce)?;
 
-    load(&machine, config, &resources.kernel, &table, cpu_features)?;
-    drop(resources.kernel);
+    let source = Source {
+        kernel: &resources.kernel,
+        initrd: resources.initrd.as_ref(),
+        cmdline: &config.boot.cmdline,
+    };
+    let loaded = load(&machine, config, &source, &table, cpu_features)?;
+    drop((resources.kernel, resources.initrd));
+    let board = match loaded {
+        Loaded::Unikernel(_) => Board::unikernel(resources.console),
+        Loaded::Linux64 { .. } | Loaded::Pvh { .. } => Board::pc(resources.console, interrupts),
+    };
+    if let Board::Pc { ioapic, .. } = &board {
+        bus.announce_on(Arc::clone(ioapic), HOTPLUG_PIN);
+    }
     let speak = matches!(report, Report::Standalone);
     let guest = Arc::new(Guest {
         id: config.id.clone(),
@@ -114,7 +129,7 @@ pub fn run(
         clock,
         lease: resources.lease,
         ram: machine.ram.clone(),
-        console: Mutex::new(Console::new(resources.console)),
+        board,
         ending: Ending::new(resources.exit_record, config.nonce.clone(), speak),
     });
     guest.record_panics();
@@ -122,33 +137,60 @@ pub fn run(
         control::server::start(listener, Arc::clone(&guest)).map_err(StartError::Thread)?;
     }
     let mut first = machine.vcpus.remove(0);
+    for (vcpu, id) in machine.vcpus.into_iter().zip(1..) {
+        start_vcpu(&guest, vcpu, id).map_err(StartError::Thread)?;
+    }
     guest.clock.run.reach();
     guest.report(std::mem::replace(report, Report::Made));
     let end = vcpu::run(&mut first, 0, &guest.gate, guest.as_ref());
     guest.end(Cause::Guest(end))
 }
 
-/// Puts image, page tables and parameters into memory, and the vCPU at the image's entry.
+/// Starts the thread of a further vCPU, which waits in the kernel until the first one wakes it.
+fn start_vcpu(guest: &Arc<Guest>, mut vcpu: VcpuFd, id: usize) -> std::io::Result<()> {
+    let guest = Arc::clone(guest);
+    let body = move || {
+        let end = vcpu::run(&mut vcpu, id, &guest.gate, guest.as_ref());
+        guest.end(Cause::Guest(end))
+    };
+    std::thread::Builder::new()
+        .name(format!("vcpu{id}"))
+        .stack_size(VCPU_STACK_BYTES)
+        .spawn(body)
+        .map(drop)
+}
+
+/// Puts the kernel and what it is told into memory, and the first vCPU at its entry.
 fn load(
     machine: &Machine,
     config: &VmConfig,
-    kernel: &std::fs::File,
+    source: &Source<'_>,
     devices: &[DeviceEntry],
     cpu_features: u64,
-) -> Result<(), MachineError> {
-    let first = &machine.vcpus[0];
-    let image = boot::load(&machine.ram, kernel)?;
-    boot::write_page_tables(&machine.ram, config.memory_mib)?;
-    let parameters = Parameters {
-        memory_mib: config.memory_mib,
-        image,
-        cmdline: &config.boot.cmdline,
-        devices,
-        tsc_hz: machine.tsc_hz,
-        cpu_features,
-    };
-    boot::write_parameters(&machine.ram, &parameters)?;
-    vcpu::set_entry(first, image.entry)
+) -> Result<Loaded, StartError> {
+    let loaded = boot::load(&machine.ram, config.memory_mib, source)?;
+    match loaded {
+        Loaded::Unikernel(_) if config.vcpus != 1 => return Err(StartError::Vcpus(config.vcpus)),
+        Loaded::Unikernel(image) => {
+            let parameters = Parameters {
+                memory_mib: config.memory_mib,
+                image,
+                cmdline: source.cmdline,
+                devices,
+                tsc_hz: machine.tsc_hz,
+                cpu_features,
+            };
+            unikernel::write_parameters(&machine.ram, &parameters)?;
+        }
+        Loaded::Linux64 { .. } | Loaded::Pvh { .. } => {
+            acpi::write(&machine.ram, config.vcpus, boot::random()?)?;
+            for vcpu in &machine.vcpus {
+                vcpu::set_firmware_state(vcpu)?;
+            }
+        }
+    }
+    vcpu::set_entry(&machine.vcpus[0], &loaded)?;
+    Ok(loaded)
 }
 
 impl Guest {
@@ -167,8 +209,11 @@ impl Guest {
     }
 
     fn drain_console(&self) {
-        let taken = self.console.lock().unwrap_or_else(PoisonError::into_inner).drain(&self.ram);
-        if taken > 0 {
+        self.spoke(self.board.drain_console(&self.ram));
+    }
+
+    fn spoke(&self, bytes: usize) {
+        if bytes > 0 {
             self.clock.console.reach();
         }
     }
@@ -203,19 +248,31 @@ impl Exits for Guest {
             PORT_BOOT_TIMER if value == MARK_NETWORK => self.clock.network.reach(),
             PORT_CONSOLE => self.drain_console(),
             PORT_EXIT => return Some(End::PowerOff(value)),
-            _ => {}
+            _ => match self.board.port_write(port, value) {
+                PortWrite::Taken { spoken } => self.spoke(spoken),
+                PortWrite::End(end) => return Some(end),
+                PortWrite::NotMine => self.bus.port_write(port, data),
+            },
         }
         None
     }
 
-    fn port_read(&self, _port: u16, _data: &mut [u8]) {}
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        if !self.board.port_read(port, data) {
+            self.bus.port_read(port, data);
+        }
+    }
 
     fn mmio_write(&self, address: u64, data: &[u8]) {
-        self.bus.write(address, data);
+        if !self.board.mmio_write(address, data) {
+            self.bus.write(address, data);
+        }
     }
 
     fn mmio_read(&self, address: u64, data: &mut [u8]) {
-        self.bus.read(address, data);
+        if !self.board.mmio_read(address, data) {
+            self.bus.read(address, data);
+        }
     }
 
     fn exited(&self) {

@@ -159,6 +159,8 @@ fn open_lease(lease: &Resource, supply: &mut Supply) -> Result<Arc<LeaseView>, R
 pub struct Resources {
     /// The kernel image.
     pub kernel: File,
+    /// Linux's first file system.
+    pub initrd: Option<File>,
     /// Where console output goes.
     pub console: Sink,
     /// Disks, then network devices: slot order.
@@ -179,6 +181,12 @@ impl Resources {
         console: Sink,
     ) -> Result<Resources, ResourceError> {
         let kernel = supply.file(&config.boot.kernel, Access::Read, "boot.kernel")?;
+        let initrd = config
+            .boot
+            .initrd
+            .as_ref()
+            .map(|initrd| supply.file(initrd, Access::Read, "boot.initrd"))
+            .transpose()?;
         let console = match &config.console {
             None => console,
             Some(console) => {
@@ -218,6 +226,6 @@ impl Resources {
         for network in &config.nets {
             devices.push(net::open(network, supply)?);
         }
-        Ok(Resources { kernel, console, devices, control, exit_record, lease })
+        Ok(Resources { kernel, initrd, console, devices, control, exit_record, lease })
     }
 }

@@ -75,6 +75,8 @@ const IOCTLS: &[u32] = &[
     0x8090_AE81, // KVM_GET_REGS
     0x4090_AE82, // KVM_SET_REGS
     0x8138_AE83, // KVM_GET_SREGS
+    0x4138_AE84, // KVM_SET_SREGS
+    0x4008_AE89, // KVM_SET_MSRS
     0x5421,      // FIONBIO
 ];
 
