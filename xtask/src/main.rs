@@ -2,6 +2,7 @@
 
 mod conformance;
 mod dependencies;
+mod guest_linux;
 mod licences;
 mod metadata;
 mod shell;
@@ -38,6 +39,11 @@ enum Command {
         after_help = "Examples:\n  cargo xtask sim --seeds 1000\n  cargo xtask sim --seed 7 --trace\n  cargo xtask sim --minutes 10\n  cargo xtask sim --mutations"
     )]
     Sim(sim::Arguments),
+    /// Boots unmodified Linux guests in an emulated host with hardware virtualisation.
+    #[command(
+        after_help = "Examples:\n  cargo xtask guest-linux\n  cargo xtask guest-linux --short\n  cargo xtask guest-linux --npt 0 reboot_is_a_reset"
+    )]
+    GuestLinux(guest_linux::Arguments),
     /// Runs three real nodes under random faults, and checks what clients and guests saw.
     #[command(
         after_help = "Examples:\n  cargo xtask torture\n  cargo xtask torture --minutes 30 --seed 7 --json"
@@ -51,6 +57,7 @@ fn main() -> anyhow::Result<()> {
         Command::Fix => verify::fix(),
         Command::Conformance(arguments) => conformance::run(&arguments),
         Command::Sim(arguments) => sim::run(&arguments),
+        Command::GuestLinux(arguments) => guest_linux::run(&arguments),
         Command::Torture(arguments) => torture::run(&arguments),
     }
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use crate::{dependencies, licences, shell};
+use crate::{dependencies, guest_linux, licences, shell};
 
 /// What `verify` takes.
 #[derive(clap::Args)]
@@ -21,6 +21,7 @@ enum Part {
     Licences,
     Clippy,
     Guest,
+    GuestLinux,
     Test,
 }
 
@@ -35,6 +36,7 @@ const PARTS: &[(Part, &str, Check)] = &[
     (Part::Licences, "licences", licences::check),
     (Part::Guest, "guest", guest),
     (Part::Clippy, "clippy", clippy),
+    (Part::GuestLinux, "guest-linux", guest_linux::verify),
     (Part::Test, "test", test),
 ];
 
