@@ -41,6 +41,7 @@ const TESTS: &[Test] = &[
     ("memory_goes_on_beyond_the_hole", memory_goes_on_beyond_the_hole),
     ("pause_stops_every_vcpu", pause_stops_every_vcpu),
     ("huge_pages_are_reserved_or_refused", huge_pages_are_reserved_or_refused),
+    ("cgroup_and_uid_are_the_guests_own", cgroup_and_uid_are_the_guests_own),
     ("more_vcpus_than_kvm_runs_are_refused", more_vcpus_than_kvm_runs_are_refused),
     ("a_unikernel_runs_beside", a_unikernel_runs_beside),
 ];
@@ -188,6 +189,42 @@ fn huge_pages_are_reserved_or_refused(guest: &mut Guest) -> Outcome {
     let ended = guest.ends_with("power_off", Some(0));
     reserve("0")?;
     ended
+}
+
+fn cgroup_and_uid_are_the_guests_own(guest: &mut Guest) -> Outcome {
+    const UID: &str = "5000";
+    let group = Path::new("/sys/fs/cgroup/limited");
+    let set = |name: &str, value: &str| std::fs::write(group.join(name), value).map_err(text);
+    let get = |name: &str| std::fs::read_to_string(group.join(name)).map_err(text);
+    std::fs::write("/sys/fs/cgroup/cgroup.subtree_control", "+memory +pids").map_err(text)?;
+    std::fs::create_dir_all(group).map_err(text)?;
+    let sandbox = json!({"uid": 5000, "cgroups": [group]});
+    let extra = json!({"memory_mib": 128, "sandbox": sandbox});
+
+    guest.start(BZIMAGE, "hotplug", extra.clone())?;
+    guest.wait_for("guest: ready")?;
+    let pid = guest.client()?.status().map_err(text)?.pid;
+    // KVM's own worker for this VM is there too.
+    let inside = get("cgroup.procs")?;
+    if !inside.lines().any(|line| line == pid.to_string()) {
+        return Err(format!("{pid} is not in its cgroup: {inside:?}"));
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).map_err(text)?;
+    let uids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
+    expect("its uids", &uids.split_whitespace().collect::<Vec<_>>(), &vec![UID; 4])?;
+    guest.client()?.kill().map_err(text)?;
+    guest.ends_with("killed", None)?;
+
+    // Less than Linux needs: the guest's process alone is ended.
+    set("memory.max", "40M")?;
+    guest.start(BZIMAGE, "hello", extra)?;
+    let (status, errors) = guest.finish()?;
+    expect("the exit code", &status, &Some(125)).map_err(|why| format!("{why}; {errors}"))?;
+    let events = get("memory.events")?;
+    if !events.lines().any(|line| line == "oom_kill 1") {
+        return Err(format!("the limit did not hold: {events}"));
+    }
+    std::fs::remove_dir(group).map_err(text)
 }
 
 fn more_vcpus_than_kvm_runs_are_refused(guest: &mut Guest) -> Outcome {

@@ -119,7 +119,7 @@ fn execute(tests: &[&str], npt: &[bool]) -> Result<Summary> {
     Ok(Summary::Ran { passed, failed })
 }
 
-/// An emulated host, ready to start.
+/// An emulated host, ready to start, with files of its own: several may run at once.
 struct Host {
     directory: PathBuf,
     qemu: PathBuf,
@@ -127,9 +127,17 @@ struct Host {
     initrd: PathBuf,
 }
 
+impl Drop for Host {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
 impl Host {
     fn prepare(packages: &Packages, directory: &Path) -> Result<Host> {
         let programs = build(directory)?;
+        let directory = directory.join(format!("run-{}", std::process::id()));
+        fs::create_dir_all(&directory).context("make the run's directory")?;
         let read = |path: &Path| fs::read(path).with_context(|| format!("read {}", path.display()));
         let bzimage = read(&packages.bzimage()?)?;
         let vmlinux = archive::unpack_kernel(&bzimage)?;
@@ -141,7 +149,7 @@ impl Host {
         guest.file("bin/busybox", &busybox);
         modules.add(&mut guest, &GUEST_MODULES)?;
 
-        let (root, sum) = root_disk(packages, directory, &busybox)?;
+        let (root, sum) = root_disk(packages, &directory, &busybox)?;
         let mut host = Archive::new();
         host.file("init", include_bytes!("host_init.sh"));
         host.file("bin/busybox", &busybox);
@@ -158,7 +166,7 @@ impl Host {
         fs::write(&kernel, &vmlinux).context("write the unpacked kernel")?;
         fs::write(&initrd, host.finish()).context("write the emulated host's files")?;
         let qemu = packages.qemu.clone();
-        Ok(Host { directory: directory.to_path_buf(), qemu, kernel, initrd })
+        Ok(Host { directory, qemu, kernel, initrd })
     }
 
     /// Runs the host once; returns the numbers of passed and failed tests.
