@@ -124,3 +124,25 @@ fn a_file_that_is_no_kernel_is_refused() {
     assert!(stderr(&output).contains("kernel image"), "{}", stderr(&output));
     assert!(!socket.exists() && !scratch.0.join("exit").exists());
 }
+
+#[test]
+fn what_a_unikernel_does_not_take_is_refused() {
+    if !kvm() {
+        return;
+    }
+    let scratch = Scratch::new("unikernel");
+    let (kernel, initrd) = (scratch.0.join("kernel"), scratch.0.join("initrd"));
+    std::fs::write(&initrd, b"x").unwrap();
+    let boot = |initrd: &PathBuf| serde_json::json!({"kernel": {"path": kernel}, "initrd": {"path": initrd}});
+    for (extra, expected) in [
+        (serde_json::json!({"boot": boot(&initrd)}), "initrd: a unikernel takes none"),
+        (serde_json::json!({"boot": boot(&scratch.0.join("none"))}), "boot.initrd: "),
+        (serde_json::json!({"vcpus": 2}), "vcpus: 2; a unikernel has 1"),
+    ] {
+        let output = scratch.run(&probe::image(false, 0), extra);
+        let lines = stderr(&output);
+        assert_eq!(output.status.code(), Some(2), "{lines}");
+        assert!(lines.lines().count() == 1 && lines.contains(expected), "{lines}");
+        assert!(!scratch.0.join("exit").exists());
+    }
+}
