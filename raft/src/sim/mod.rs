@@ -17,7 +17,7 @@ mod tests;
 mod world;
 
 pub use net::Link;
-pub use node::{Node, Task};
+pub use node::{Node, Process, Task};
 pub use world::{World, run};
 
 pub use crate::sim_disk::{Loss, SimDisk};

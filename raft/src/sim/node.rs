@@ -206,9 +206,12 @@ impl Node {
         F: Future + Send + 'static,
         F::Output: Send + 'static,
     {
-        let life = self.with(|machine| machine.life.clone());
-        let _entered = Entered::new(Some(life));
-        Task::new(runtime::spawn_here(future))
+        self.process().spawn(future)
+    }
+
+    /// The process that runs on it now.
+    pub fn process(&self) -> Process {
+        Process(self.with(|machine| machine.life.clone()))
     }
 
     /// Kills it where it stands. What its disk keeps of unflushed writes, `loss` says. It lives
@@ -223,6 +226,29 @@ impl Node {
             machine.disk = disk.crash(loss);
             machine.life = Life::new(self.id);
         });
+    }
+}
+
+/// What runs on a node from its start to its death. Clones are the same process.
+#[derive(Clone)]
+pub struct Process(Arc<Life>);
+
+impl fmt::Debug for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Process").field("node", &self.0.id).finish_non_exhaustive()
+    }
+}
+
+impl Process {
+    /// Runs a task in this process, as [`Node::spawn`] does; nothing comes of it when the process
+    /// is dead, whatever runs on the node by then.
+    pub fn spawn<F>(&self, future: F) -> Task<F::Output>
+    where
+        F: Future + Send + 'static,
+        F::Output: Send + 'static,
+    {
+        let _entered = Entered::new(Some(self.0.clone()));
+        Task::new(runtime::spawn_here(future))
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use controller::ids::HostId;
 use controller::state::State;
+use raft::sim::Process;
 use raft::{Calls, Config, Member, Prepare, ProposeError, Proposed, Raft, Unavailable};
 
 use crate::machine::Machine;
@@ -33,6 +34,7 @@ pub(crate) struct Keeping {
 #[derive(Clone)]
 pub(crate) struct Node {
     host: HostId,
+    process: Process,
     raft: Raft<Machine>,
 }
 
@@ -56,7 +58,8 @@ impl Node {
             ..Config::default()
         };
         let raft = Raft::start(config, Machine::new(host.0), prepare, calls).await;
-        Ok(Node { host, raft: raft.map_err(|error| error.to_string())? })
+        let process = runtime::sim().node(host.0).process();
+        Ok(Node { host, process, raft: raft.map_err(|error| error.to_string())? })
     }
 
     /// Makes it the only member of the cluster.
@@ -86,9 +89,9 @@ impl Node {
         work: impl Future<Output = T> + Send + 'static,
     ) -> Option<T> {
         let (answer, answered) = tokio::sync::oneshot::channel();
-        runtime::spawn_on(self.host, async move {
+        drop(self.process.spawn(async move {
             let _ = answer.send(work.await);
-        });
+        }));
         answered.await.ok()
     }
 
