@@ -72,8 +72,8 @@ fn format() -> Result<()> {
 
 /// Clippy over everything; the test targets are built on what it leaves.
 fn clippy() -> Result<()> {
-    let all = ["clippy", "--locked", "--workspace", "--all-targets", "--", "--deny", "warnings"];
-    shell::run(shell::cargo().args(all))
+    let all = ["clippy", "--locked", "--workspace", "--features", SIMULATED, "--all-targets"];
+    shell::run(shell::cargo().args(all).args(["--", "--deny", "warnings"]))
 }
 
 /// The guest's own workspace: its lints, the tests of its pure parts, and the guest in our VMM.
