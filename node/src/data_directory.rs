@@ -1,5 +1,6 @@
 //! The data directory of a node: its paths, and making one whole or not at all.
 
+use crate::cluster_keys::{self, ClusterKeys};
 use crate::config::{self, NodeConfig};
 use crate::files::{self, Access};
 use crate::pki::Authority;
@@ -26,8 +27,8 @@ pub(crate) struct Contents<'a> {
     pub(crate) key_pem: &'a str,
     /// This node's certificate, PEM.
     pub(crate) certificate_pem: &'a str,
-    /// The cluster's key.
-    pub(crate) cluster_key: [u8; 32],
+    /// The cluster's keys.
+    pub(crate) cluster_keys: ClusterKeys,
     /// Further files: name, content, who may read them.
     pub(crate) more: Vec<(&'static str, String, Access)>,
     /// What else must be in it before it is there: the log of a restored state, by the path of the
@@ -46,8 +47,8 @@ pub(crate) struct Secrets {
     pub(crate) key_pem: String,
     /// This node's certificate, PEM.
     pub(crate) certificate_pem: String,
-    /// The cluster's key.
-    pub(crate) cluster_key: [u8; 32],
+    /// The cluster's keys, as they were then.
+    pub(crate) cluster_keys: ClusterKeys,
 }
 
 impl DataDirectory {
@@ -106,8 +107,8 @@ impl DataDirectory {
         write("ca-key.pem", contents.authority.key_pem().as_bytes(), Access::Secret)?;
         write("node.pem", contents.certificate_pem.as_bytes(), Access::Public)?;
         write("node-key.pem", contents.key_pem.as_bytes(), Access::Secret)?;
-        let key = hex::encode(contents.cluster_key) + "\n";
-        write("cluster.key", key.as_bytes(), Access::Secret)?;
+        let keys = contents.cluster_keys.text();
+        write(cluster_keys::FILE_NAME, keys.as_bytes(), Access::Secret)?;
         for (name, content, access) in &contents.more {
             write(name, content.as_bytes(), *access)?;
         }
@@ -127,12 +128,12 @@ impl DataDirectory {
             let path = self.root.join(name);
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
         };
-        let cluster_key = read_cluster_key(&self.join("cluster.key"))?;
+        let cluster_keys = ClusterKeys::read(&self.join(cluster_keys::FILE_NAME))?;
         Ok(Secrets {
             authority: Authority::from_pem(cluster_id, read("ca.pem")?, read("ca-key.pem")?),
             key_pem: read("node-key.pem")?,
             certificate_pem: read("node.pem")?,
-            cluster_key,
+            cluster_keys,
         })
     }
 
@@ -157,23 +158,16 @@ impl DataDirectory {
     }
 }
 
-/// The key in a file of that kind.
-pub(crate) fn read_cluster_key(path: &Path) -> Result<[u8; 32]> {
-    let text =
-        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut key = [0; 32];
-    hex::decode_to_slice(text.trim(), &mut key)
-        .ok()
-        .with_context(|| format!("{} does not hold 64 hexadecimal digits", path.display()))?;
-    Ok(key)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
-    fn create(path: &Path, more: Vec<(&'static str, String, Access)>) -> Result<DataDirectory> {
+    fn create(
+        path: &Path,
+        keys: &ClusterKeys,
+        more: Vec<(&'static str, String, Access)>,
+    ) -> Result<DataDirectory> {
         let config = config::example();
         let authority = Authority::create(&config.cluster_id).unwrap();
         let contents = Contents {
@@ -181,7 +175,7 @@ mod tests {
             authority: &authority,
             key_pem: "key",
             certificate_pem: "certificate",
-            cluster_key: [9; 32],
+            cluster_keys: keys.clone(),
             more,
             log: None,
         };
@@ -192,9 +186,10 @@ mod tests {
     fn what_was_made_reads_back_and_secrets_are_the_owners() {
         let scratch = tempfile::tempdir().unwrap();
         let path = scratch.path().join("a/node1");
-        let made = create(&path, Vec::new()).unwrap();
+        let keys = ClusterKeys::random();
+        let made = create(&path, &keys, Vec::new()).unwrap();
         let secrets = made.secrets("c").unwrap();
-        assert_eq!(secrets.cluster_key, [9; 32]);
+        assert_eq!(secrets.cluster_keys, keys);
         assert_eq!(secrets.key_pem, "key");
         assert_eq!(NodeConfig::read(made.root()).unwrap(), config::example());
         for secret in ["ca-key.pem", "node-key.pem", "cluster.key"] {
@@ -207,7 +202,8 @@ mod tests {
     fn a_directory_with_something_in_it_is_left_alone() {
         let scratch = tempfile::tempdir().unwrap();
         fs::write(scratch.path().join("mine"), "x").unwrap();
-        let error = create(scratch.path(), Vec::new()).unwrap_err().to_string();
+        let error =
+            create(scratch.path(), &ClusterKeys::random(), Vec::new()).unwrap_err().to_string();
         assert!(error.contains("is not empty"), "{error}");
         assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 1);
     }
@@ -216,7 +212,8 @@ mod tests {
     fn nothing_is_left_of_a_failed_attempt() {
         let scratch = tempfile::tempdir().unwrap();
         let impossible = vec![("no/such/place", String::new(), Access::Public)];
-        assert!(create(&scratch.path().join("node1"), impossible).is_err());
+        let made = create(&scratch.path().join("node1"), &ClusterKeys::random(), impossible);
+        assert!(made.is_err());
         assert_eq!(fs::read_dir(scratch.path()).unwrap().count(), 0);
     }
 }

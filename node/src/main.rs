@@ -12,6 +12,7 @@ mod bench;
 mod cli;
 mod client;
 mod cluster;
+mod cluster_keys;
 mod config;
 mod daemon;
 mod data_directory;

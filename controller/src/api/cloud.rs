@@ -33,6 +33,9 @@ pub enum ProposeError {
     /// Whether it was carried out is not known; the same command id may be tried again.
     #[error("the cluster can't take the command now: {0}")]
     Unavailable(String),
+    /// The disks of the cluster's log are full; it was not carried out.
+    #[error("the disks are full, so nothing can be changed; free space on them: {0}")]
+    NoSpace(String),
 }
 
 /// Why something that happens on a host could not be done.

@@ -54,6 +54,8 @@ pub(crate) enum ErrorKind {
     TooLarge,
     UnsupportedMediaType,
     NoSpace,
+    /// The cluster itself has no room to write down any change.
+    LogFull,
     Unavailable,
     Internal,
 }
@@ -128,6 +130,7 @@ impl ApiError {
             },
             ErrorKind::TooLarge | ErrorKind::NoSpace => StatusCode::PAYLOAD_TOO_LARGE,
             ErrorKind::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            ErrorKind::LogFull => StatusCode::INSUFFICIENT_STORAGE,
             ErrorKind::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             ErrorKind::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -185,6 +188,7 @@ impl ApiError {
             ErrorKind::AddressesExhausted => "IpAddressGenerationFailure".to_owned(),
             ErrorKind::Forbidden => "PolicyNotAuthorized".to_owned(),
             ErrorKind::BadRequest => "HTTPBadRequest".to_owned(),
+            ErrorKind::LogFull => "HTTPInsufficientStorage".to_owned(),
             ErrorKind::Unavailable => "HTTPServiceUnavailable".to_owned(),
             ErrorKind::Internal => "HTTPInternalServerError".to_owned(),
             ErrorKind::MethodNotAllowed => "HTTPMethodNotAllowed".to_owned(),
@@ -246,6 +250,7 @@ impl From<ProposeError> for ApiError {
         match error {
             ProposeError::Rejected(rejection) => rejection.into(),
             ProposeError::Unavailable(_) => Self::new(ErrorKind::Unavailable, error.to_string()),
+            ProposeError::NoSpace(_) => Self::new(ErrorKind::LogFull, error.to_string()),
         }
     }
 }
@@ -261,5 +266,26 @@ impl From<CloudError> for ApiError {
             CloudError::Failed(_) => ErrorKind::Internal,
         };
         Self::new(kind, error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_disks_of_the_cluster_are_507_in_every_service() {
+        let services = [
+            Service::Identity,
+            Service::Compute,
+            Service::Image,
+            Service::Volume,
+            Service::Network,
+        ];
+        for service in services {
+            let error = ApiError::from(ProposeError::NoSpace("node 1: 0 bytes free".into()));
+            assert!(error.message.contains("free space") && error.message.contains("node 1"));
+            assert_eq!(error.render(service).status(), 507, "{service:?}");
+        }
     }
 }

@@ -6,9 +6,6 @@ use crate::state::cluster::{ClusterCommand, TokenKeyRing};
 use crate::state::compute::ComputeCommand;
 use crate::state::{Command, State};
 
-/// After how many rotations a key that was derived from the cluster's verifies no more.
-const DERIVED_KEY_ROTATIONS: u64 = 3;
-
 /// Commands that seal with the current key what older ones seal, `max` of them at most; then
 /// those that retire a key which seals nothing any more. The sealer must hold the keys: what it
 /// can't open is left as it is, and its key is not retired. Needs a random IV, so it is for the
@@ -65,17 +62,30 @@ pub fn keys_to_forget(state: &State, held: &[String]) -> Vec<String> {
     held.iter().filter(|id| !used(id) && keys.retired.contains(*id)).cloned().collect()
 }
 
+/// The command that rotates the keys of tokens. The first rotation stages the key that was derived
+/// from the cluster's and has made tokens so far, so that they stay valid when that one goes.
+pub fn rotate_token_keys(
+    ring: &TokenKeyRing,
+    sealer: &Sealer,
+    derived: [u8; 32],
+    fresh: [u8; 32],
+) -> ClusterCommand {
+    let rotations = ring.rotations;
+    let staged = if rotations == 0 { derived } else { fresh };
+    ClusterCommand::RotateTokenKeys { rotations, staged: sealer.seal(&staged) }
+}
+
 /// The keys that tokens are made with, the first, and verified with, all of them. `derived` is
-/// the key that follows from the cluster's: the one before the second rotation.
+/// the key that follows from the cluster's: the one before the second rotation. There is none that
+/// makes tokens where the primary key can't be opened.
 pub fn token_keys(ring: &TokenKeyRing, sealer: &Sealer, derived: [u8; 32]) -> Vec<[u8; 32]> {
     let open = |sealed: &Sealed| <[u8; 32]>::try_from(sealer.open(sealed).ok()?).ok();
-    let primary = ring.primary.as_ref().and_then(open);
-    let others = ring.staged.iter().chain(&ring.secondary).filter_map(open);
-    let derived = (primary.is_none() || ring.rotations <= DERIVED_KEY_ROTATIONS).then_some(derived);
-    let mut keys: Vec<[u8; 32]> = primary.into_iter().collect();
-    keys.extend(derived);
-    keys.extend(others);
-    keys
+    let primary = match &ring.primary {
+        Some(sealed) => open(sealed),
+        None => Some(derived),
+    };
+    let others = || ring.staged.iter().chain(&ring.secondary).filter_map(open);
+    primary.map(|primary| std::iter::once(primary).chain(others()).collect()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -160,16 +170,18 @@ mod tests {
         let derived = [9; 32];
         let mut seen = vec![token_keys(&sample.state.cluster.token_keys, &sealer, derived)];
         for n in 0..5 {
-            let staged = sealer.seal(&[n; 32]);
-            let rotations = u64::from(n);
-            sample.must(Command::Cluster(ClusterCommand::RotateTokenKeys { rotations, staged }));
+            let ring = &sample.state.cluster.token_keys;
+            let rotate = rotate_token_keys(ring, &sealer, derived, [n; 32]);
+            sample.must(Command::Cluster(rotate));
             seen.push(token_keys(&sample.state.cluster.token_keys, &sealer, derived));
         }
         let first_bytes: Vec<Vec<u8>> =
             seen.iter().map(|keys| keys.iter().map(|key| key[0]).collect()).collect();
         let expected: [&[u8]; 6] =
-            [&[9], &[9, 0], &[0, 9, 1], &[1, 9, 2, 0], &[2, 3, 1, 0], &[3, 4, 2, 1, 0]];
+            [&[9], &[9, 9], &[9, 1], &[1, 2, 9], &[2, 3, 1, 9], &[3, 4, 2, 1, 9]];
         assert_eq!(first_bytes, expected);
+        let stranger = Sealer::new(NEW);
+        assert_eq!(token_keys(&sample.state.cluster.token_keys, &stranger, derived), [[0; 32]; 0]);
         let stale = ClusterCommand::RotateTokenKeys { rotations: 4, staged: sealer.seal(&[8; 32]) };
         sample.refused_as(Command::Cluster(stale), RejectionKind::Conflict);
     }

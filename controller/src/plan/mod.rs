@@ -21,7 +21,7 @@ mod upkeep;
 
 pub use evacuation::evacuation;
 pub use host_view::host_view;
-pub use keys::{keys_to_forget, reseal, token_keys};
+pub use keys::{keys_to_forget, reseal, rotate_token_keys, token_keys};
 pub use level::raise_feature_level;
 pub use prepare::prepare;
 pub use schedule::{IN_FLIGHT_MAX, InFlight, Liveness, schedule};

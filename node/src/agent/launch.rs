@@ -95,7 +95,7 @@ impl Agent {
         };
         let mapping = async {
             let start = begin(SubState::BlockDeviceMapping);
-            let documents = self.instance_documents(view, host);
+            let documents = self.instance_documents(view, host)?;
             let view = view.clone();
             let disks = self.blocking(move |agent| agent.make_disks(&view, &documents)).await;
             anyhow::Ok((disks.context("block_device_mapping")?, start.elapsed()))
@@ -115,22 +115,17 @@ impl Agent {
         Ok(())
     }
 
-    /// Instance data of a server as the config drive and the metadata service show it.
+    /// Instance data of a server as the config drive and the metadata service show it. A guest
+    /// must not start without its user data: a node that lacks the key to it may get it soon.
     pub(super) fn instance_documents(
         &self,
         view: &ServerView,
         host: &HostView,
-    ) -> BTreeMap<String, Vec<u8>> {
+    ) -> Result<BTreeMap<String, Vec<u8>>> {
         let opened =
             view.server.user_data.as_ref().map(|sealed| self.context().sealer.open(sealed));
-        let user_data = match opened.transpose() {
-            Ok(user_data) => user_data,
-            Err(error) => {
-                warn!(server_id = %view.server.id, %error, "agent: user data can't be opened");
-                None
-            }
-        };
-        controller::instance_data::documents(view, &host.switch, user_data.as_deref())
+        let user_data = opened.transpose().context("cannot open the user data")?;
+        Ok(controller::instance_data::documents(view, &host.switch, user_data.as_deref()))
     }
 
     fn make_disks(

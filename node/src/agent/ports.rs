@@ -27,14 +27,25 @@ impl Agent {
         .await
     }
 
-    /// Instance data of every server, as the metadata service shows it.
+    /// Instance data of every server, as the metadata service shows it; none for those whose user
+    /// data can't be opened.
     fn metadata_of_servers(&self, view: &HostView) -> BTreeMap<ServerId, Metadata> {
         let text = |body: &Vec<u8>| String::from_utf8_lossy(body).into_owned();
-        let of_server = |server| -> Metadata {
-            let documents = self.instance_documents(server, view);
-            documents.iter().map(|(path, body)| (path.clone(), text(body))).collect()
+        let of_server = |server| -> Result<Metadata> {
+            let documents = self.instance_documents(server, view)?;
+            Ok(documents.iter().map(|(path, body)| (path.clone(), text(body))).collect())
         };
-        view.servers.iter().map(|(id, server)| (id.clone(), of_server(server))).collect()
+        let mut all = BTreeMap::new();
+        for (id, server) in &view.servers {
+            match of_server(server) {
+                Ok(metadata) => drop(all.insert(id.clone(), metadata)),
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    warn!(server_id = %id, error, "agent: a guest gets no metadata");
+                }
+            }
+        }
+        all
     }
 
     fn put_program(&self, view: &HostView) -> Result<()> {
@@ -53,7 +64,10 @@ impl Agent {
         for failure in self.switch()?.program(&program)? {
             warn!(forward = failure.id, reason = failure.message, "switch: a forward is closed");
         }
-        self.with_world(|world| world.programmed(view.switch.clone()));
+        // What is incomplete is made anew at the next look.
+        if documents.len() == view.servers.len() {
+            self.with_world(|world| world.programmed(view.switch.clone()));
+        }
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! `trine init`: makes a cluster, offline.
 
 use super::HostArgs;
+use crate::cluster_keys::ClusterKeys;
 use crate::config::NodeConfig;
 use crate::daemon::bootstrap::FirstStart;
 use crate::data_directory::{Contents, DataDirectory};
@@ -59,7 +60,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         authority: &authority,
         key_pem: &key.key_pem,
         certificate_pem: &certificate_pem,
-        cluster_key: rand::random(),
+        cluster_keys: ClusterKeys::random(),
         more: vec![
             (FirstStart::FILE_NAME, serde_json::to_string(&first_start)?, Access::Secret),
             ("clouds.yaml", sign_in.clouds_yaml(), Access::Secret),

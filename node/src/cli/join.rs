@@ -57,7 +57,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let answer = runtime.block_on(joining::ask(&token, &request))?;
 
     config.node_id = answer.node_id;
-    let cluster_key = answer.cluster_key()?;
+    let cluster_keys = answer.cluster_keys();
     let authority =
         Authority::from_pem(&config.cluster_id, answer.authority_pem, answer.authority_key_pem);
     let peers = serde_json::to_string(&answer.peers)?;
@@ -66,7 +66,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         authority: &authority,
         key_pem: &key.key_pem,
         certificate_pem: &answer.certificate_pem,
-        cluster_key,
+        cluster_keys,
         more: vec![(PEERS_FILE_NAME, peers, Access::Public)],
         log: None,
     };

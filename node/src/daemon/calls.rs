@@ -2,6 +2,7 @@
 
 use super::Node;
 use crate::agent::CONSOLE_BYTES_MAX;
+use crate::cluster_keys::ClusterKey;
 use anyhow::{Context, Result, bail};
 use controller::ids::{HostId, ServerId};
 use controller::plan::leases::LEASE;
@@ -29,6 +30,17 @@ pub(super) enum PeerCall {
     Standing,
     /// To any member: how its consensus is.
     Consensus,
+    /// To any member: the ids of the cluster's keys that it holds.
+    KeyIds,
+    /// To any member: hold a key that may be taken into use.
+    HoldKey {
+        /// The key.
+        key: ClusterKey,
+        /// The id of the key that it may follow.
+        after: String,
+    },
+    /// To any member: the cluster's keys, which the asking node lacks.
+    Keys,
     /// To the leader: let another node lead.
     TransferLeader {
         /// Which.
@@ -77,6 +89,10 @@ pub(super) enum PeerAnswer {
     },
     /// How a member's consensus is.
     Consensus(serde_json::Value),
+    /// The ids of the keys that a member holds.
+    KeyIds(Vec<String>),
+    /// The cluster's keys that are in use.
+    Keys(Vec<ClusterKey>),
     /// The end of a console.
     Console(String),
     /// How far a start has come, in Nova's words; none where nothing is being started.
@@ -166,6 +182,9 @@ async fn answer(node: &Arc<Node>, peer: raft::NodeId, call: PeerCall) -> Result<
         PeerCall::Consensus => {
             Ok(PeerAnswer::Consensus(super::administration::consensus_status(node)?))
         }
+        PeerCall::KeyIds => Ok(PeerAnswer::KeyIds(node.keys.ids())),
+        PeerCall::HoldKey { key, after } => super::keys::take(node, peer, key, after).await,
+        PeerCall::Keys => super::keys::give(node, peer).await,
         PeerCall::TransferLeader { to } => {
             node.raft()?.transfer_leader(to).await?;
             Ok(PeerAnswer::Done)

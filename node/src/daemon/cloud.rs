@@ -40,10 +40,11 @@ impl NodeCloud {
     ) -> Result<Outcome, ProposeError> {
         let unavailable = |error: String| ProposeError::Unavailable(error);
         let raft = self.node.raft().map_err(|error| unavailable(error.to_string()))?;
-        let proposed = raft
-            .propose(command_id, command.encode())
-            .await
-            .map_err(|error| unavailable(error.to_string()))?;
+        let proposed = raft.propose(command_id, command.encode()).await;
+        let proposed = proposed.map_err(|error| match error {
+            raft::ProposeError::NoSpace(reason) => ProposeError::NoSpace(reason),
+            error => unavailable(error.to_string()),
+        })?;
         decode_result(&proposed.outcome)
             .map_err(|error| unavailable(error.to_string()))?
             .map_err(ProposeError::Rejected)
@@ -60,7 +61,10 @@ pub(super) fn now_ms() -> u64 {
 impl Cloud for NodeCloud {
     async fn read(&self) -> Result<State, Unavailable> {
         let raft = self.node.raft().map_err(|error| Unavailable(error.to_string()))?;
-        self.node.quorum.read(raft).await.map_err(Unavailable)
+        let state = self.node.quorum.read(raft).await.map_err(Unavailable)?;
+        let keys = self.node.keys.ready(&state.cluster.keys);
+        keys.map_err(|lacking| Unavailable(lacking.to_string()))?;
+        Ok(state)
     }
 
     async fn propose(
@@ -136,15 +140,15 @@ impl Cloud for NodeCloud {
     }
 
     fn sealer(&self) -> &Sealer {
-        &self.node.sealer
+        self.node.keys.sealer()
     }
 
     fn token_keys(&self) -> TokenKeys {
-        let first = self.node.derived_key("tokens");
+        let first = self.node.keys.derived("tokens");
         match self.node.raft() {
             Ok(raft) => {
-                let keys = token_keys(&raft.view().cluster.token_keys, &self.node.sealer, first);
-                TokenKeys { keys }
+                let ring = &raft.view().cluster.token_keys;
+                TokenKeys { keys: token_keys(ring, self.node.keys.sealer(), first) }
             }
             Err(_) => TokenKeys { keys: vec![first] },
         }

@@ -64,14 +64,8 @@ async fn join(State(node): State<Arc<Node>>, body: Bytes) -> Result<Json<JoinAns
     let id = register(&node, &request).await?;
     let certificate = sign(&node, &request, id)?;
     tracing::info!(host = id, name = request.name, "a host has joined");
-    let secrets = &node.secrets;
-    Ok(Json(JoinAnswer::new(
-        id,
-        certificate,
-        &secrets.authority,
-        secrets.cluster_key,
-        peers(&node),
-    )))
+    let keys = node.keys.all();
+    Ok(Json(JoinAnswer::new(id, certificate, &node.secrets.authority, &keys, peers(&node))))
 }
 
 /// Whatever would fail after the token is used up must fail before.

@@ -91,16 +91,30 @@ async fn propose(node: &Node, chore: &Chore) -> Ending {
 /// After a rotation of keys: seals secrets with the new one, some at a time.
 async fn reseal(node: Arc<Node>) {
     loop {
-        tokio::time::sleep(HEARTBEAT_EVERY).await;
-        let Ok(raft) = node.raft() else { continue };
-        if !raft.is_leader() {
-            continue;
-        }
-        for command in controller::plan::reseal(&raft.view(), &node.sealer, RESEAL_MAX) {
-            let chore = Chore { subject: "sealed secret".into(), command };
-            if propose(&node, &chore).await != Ending::Applied {
-                break;
-            }
+        if !reseal_some(&node).await {
+            tokio::time::sleep(HEARTBEAT_EVERY).await;
         }
     }
+}
+
+/// Whether there was something to seal, and it was.
+async fn reseal_some(node: &Node) -> bool {
+    let Ok(raft) = node.raft() else { return false };
+    if !raft.is_leader() {
+        return false;
+    }
+    let state = raft.view();
+    if let Err(lacking) = node.keys.ready(&state.cluster.keys) {
+        tracing::debug!(%lacking, "leader: secrets are not sealed anew yet");
+        return false;
+    }
+    let commands = controller::plan::reseal(&state, node.keys.sealer(), RESEAL_MAX);
+    let some = !commands.is_empty();
+    for command in commands {
+        let chore = Chore { subject: "sealed secret".into(), command };
+        if propose(node, &chore).await != Ending::Applied {
+            return false;
+        }
+    }
+    some
 }

@@ -1,6 +1,7 @@
 //! The controller's state as the state machine that the log drives.
 
 use controller::state::State;
+use std::collections::BTreeSet;
 
 /// What the log replicates.
 #[derive(Default)]
@@ -13,6 +14,14 @@ impl Machine {
     pub(crate) fn next_host_id(state: &[u8]) -> Result<u64, String> {
         let state = State::restore(state).map_err(|error| error.to_string())?;
         Ok(state.cluster.next_host_id)
+    }
+
+    /// The ids of the cluster's keys without which that state is of no use.
+    pub(crate) fn key_ids(state: &[u8]) -> Result<BTreeSet<String>, String> {
+        let state = State::restore(state).map_err(|error| error.to_string())?;
+        let keys = &state.cluster.keys;
+        let used = keys.current.iter().chain(&keys.retiring).cloned();
+        Ok(used.chain(state.sealed().map(|sealed| sealed.key_id().to_owned())).collect())
     }
 }
 

@@ -14,6 +14,7 @@ mod heartbeat;
 mod https;
 mod images;
 mod join_service;
+mod keys;
 mod leader;
 mod liveness;
 pub(crate) mod local;
@@ -37,10 +38,9 @@ use crate::data_directory::{DataDirectory, RECOVERY, Secrets};
 use crate::process::ProcessRecord;
 use anyhow::{Context, Result, bail};
 use controller::ids::HostId;
-use controller::seal::Sealer;
+use keys::HeldKeys;
 use liveness::Heartbeats;
 use processes::Supervised;
-use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
@@ -54,7 +54,9 @@ pub(crate) struct Node {
     /// Where its sockets lie.
     pub(crate) runtime_directory: PathBuf,
     secrets: Secrets,
-    sealer: Sealer,
+    keys: HeldKeys,
+    /// Held by the rotation of keys that was asked of this node.
+    rotation: tokio::sync::Mutex<()>,
     heartbeats: Heartbeats,
     raft: OnceLock<raft::Raft<Machine>>,
     agent: OnceLock<Agent>,
@@ -89,20 +91,6 @@ impl Node {
     fn storage_socket(&self) -> PathBuf {
         storage_socket(&self.runtime_directory)
     }
-
-    /// A key for one purpose, derived from the cluster's: none is ever used for two.
-    fn derived_key(&self, purpose: &str) -> [u8; 32] {
-        derived_key(&self.secrets.cluster_key, purpose)
-    }
-}
-
-fn derived_key(cluster_key: &[u8; 32], purpose: &str) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    hash.update(b"trine key for ");
-    hash.update(purpose.as_bytes());
-    hash.update([0]);
-    hash.update(cluster_key);
-    hash.finalize().into()
 }
 
 fn switch_socket(runtime_directory: &Path) -> PathBuf {
@@ -169,7 +157,6 @@ async fn stop_signal() -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::derived_key;
     use controller::ids::HostId;
     use controller::state::cluster::{Capacity, Host, HostAddresses};
 
@@ -198,13 +185,5 @@ mod tests {
             evacuate: false,
             feature_level: 1,
         }
-    }
-
-    #[test]
-    fn each_purpose_has_its_own_key() {
-        let key = [7; 32];
-        assert_eq!(derived_key(&key, "tokens"), derived_key(&key, "tokens"));
-        assert_ne!(derived_key(&key, "tokens"), derived_key(&key, "secrets"));
-        assert_ne!(derived_key(&key, "tokens"), derived_key(&[8; 32], "tokens"));
     }
 }

@@ -8,7 +8,7 @@ use super::cloud::NodeCloud;
 use super::prepare::Placing;
 use super::processes::Supervised;
 use super::{
-    Node, checks, heartbeat, https, join_service, leader, local, membership, redundancy,
+    Node, checks, heartbeat, https, join_service, keys, leader, local, membership, redundancy,
     replacement, standing,
 };
 use crate::agent::{self, Agent};
@@ -21,13 +21,14 @@ use crate::process::Held;
 use crate::spawner::Spawner;
 use crate::{pki, runtime_directory};
 use anyhow::{Context, Result, anyhow, bail};
-use controller::seal::Sealer;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+/// How long a leader that stops waits for a sign of a quorum.
+const QUORUM_WITHIN: Duration = Duration::from_millis(300);
 /// How long a node that stops may take to let another one lead.
 const HAND_OVER_WITHIN: Duration = Duration::from_secs(2);
 
@@ -57,7 +58,12 @@ impl Running {
 
     /// Lets another node lead, before this one stops.
     pub(super) async fn hand_over(&self) {
-        if let Ok(raft) = self.node.raft() {
+        let Ok(raft) = self.node.raft() else { return };
+        if !raft.is_leader() {
+            return;
+        }
+        // Where no quorum answers, nobody else can be elected.
+        if let Ok(Ok(_)) = tokio::time::timeout(QUORUM_WITHIN, raft.read()).await {
             raft.hand_over(HAND_OVER_WITHIN).await;
         }
     }
@@ -100,6 +106,7 @@ pub(super) async fn start(
     tokio::spawn(replacement::run(Arc::clone(&node)));
     tokio::spawn(redundancy::run(Arc::clone(&node)));
     tokio::spawn(standing::watch(Arc::clone(&node)));
+    tokio::spawn(keys::run(Arc::clone(&node)));
     tokio::spawn(leader::run(Arc::clone(&node)));
     let failures = node.raft()?.failure();
 
@@ -123,7 +130,7 @@ fn node(
     runtime_directory: std::path::PathBuf,
 ) -> Result<Node> {
     let secrets = directory.secrets(&config.cluster_id)?;
-    let sealer = Sealer::new(super::derived_key(&secrets.cluster_key, "secrets"));
+    let keys = keys::HeldKeys::new(&directory, secrets.cluster_keys.clone());
     let supervised = vec![
         switch_process(&config, &directory, &runtime_directory)?,
         storage_process(&config, &directory, &runtime_directory)?,
@@ -134,7 +141,8 @@ fn node(
         directory,
         runtime_directory,
         secrets,
-        sealer,
+        keys,
+        rotation: Default::default(),
         heartbeats,
         raft: OnceLock::new(),
         agent: OnceLock::new(),
@@ -229,7 +237,7 @@ async fn start_agent(node: &Arc<Node>, executables: &Executables) -> Result<()> 
         storage: node.storage_socket(),
         switch: super::switch_socket(&node.runtime_directory),
         spawner,
-        sealer: node.sealer.clone(),
+        sealer: node.keys.sealer().clone(),
         lease: node.heartbeats.page(),
     })?;
     node.agent.set(agent).map_err(|_| anyhow!("the agent was started twice"))

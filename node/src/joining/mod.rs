@@ -5,6 +5,7 @@ mod ask;
 
 pub(crate) use ask::ask;
 
+use crate::cluster_keys::{ClusterKey, ClusterKeys};
 use crate::daemon::capacity::Capacity;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -58,8 +59,11 @@ pub(crate) struct JoinAnswer {
     pub(crate) authority_pem: String,
     /// The authority's key, PEM.
     pub(crate) authority_key_pem: String,
-    /// The cluster's key, hexadecimal.
-    cluster_key: String,
+    /// The cluster's key in use.
+    cluster_key: ClusterKey,
+    /// Those that are being retired.
+    #[serde(default)]
+    retiring_keys: Vec<ClusterKey>,
     /// The nodes it may ask for membership.
     pub(crate) peers: Vec<Peer>,
 }
@@ -74,12 +78,12 @@ pub(crate) struct Peer {
 }
 
 impl JoinAnswer {
-    /// An answer with the cluster's key in it.
+    /// An answer with the cluster's keys in it.
     pub(crate) fn new(
         node_id: u64,
         certificate_pem: String,
         authority: &crate::pki::Authority,
-        cluster_key: [u8; 32],
+        keys: &ClusterKeys,
         peers: Vec<Peer>,
     ) -> JoinAnswer {
         JoinAnswer {
@@ -87,17 +91,15 @@ impl JoinAnswer {
             certificate_pem,
             authority_pem: authority.certificate_pem.clone(),
             authority_key_pem: authority.key_pem().to_owned(),
-            cluster_key: hex::encode(cluster_key),
+            cluster_key: keys.first().clone(),
+            retiring_keys: keys.in_use().skip(1).cloned().collect(),
             peers,
         }
     }
 
-    /// The cluster's key.
-    pub(crate) fn cluster_key(&self) -> anyhow::Result<[u8; 32]> {
-        let mut key = [0; 32];
-        hex::decode_to_slice(&self.cluster_key, &mut key)
-            .map_err(|_| anyhow::anyhow!("the node answered with a malformed cluster key"))?;
-        Ok(key)
+    /// The cluster's keys.
+    pub(crate) fn cluster_keys(&self) -> ClusterKeys {
+        ClusterKeys::of(&self.cluster_key, &self.retiring_keys)
     }
 }
 

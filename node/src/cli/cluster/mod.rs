@@ -5,6 +5,7 @@ mod backup;
 mod members;
 mod recover;
 mod restore;
+mod rotate_keys;
 mod status;
 
 use crate::daemon::administration::ClusterRequest;
@@ -47,6 +48,11 @@ enum Command {
         after_help = "Examples:\n  trine cluster evacuate-on-failure node2 on --data-dir /var/lib/trine\n  trine cluster evacuate-on-failure node2 off --data-dir /var/lib/trine"
     )]
     EvacuateOnFailure(members::EvacuateArgs),
+    /// Makes a new key for the cluster's secrets, and new keys for tokens.
+    #[command(
+        after_help = "Examples:\n  trine cluster rotate-keys --data-dir /var/lib/trine\n  trine cluster rotate-keys --without node3 --data-dir /var/lib/trine     # node3 is down\n\nEvery member gets the new key, secrets are sealed anew, and the old key is forgotten. Tokens stay\nvalid until they expire or five rotations later. Rotate after a host was removed or a copy of cluster.key was lost. If the\ncommand is cut off, run it again."
+    )]
+    RotateKeys(rotate_keys::Args),
     /// Writes the whole state into a file.
     #[command(
         after_help = "Example:\n  trine cluster backup trine.backup --data-dir /var/lib/trine\n\nThe file (mode 0600) holds the replicated state, with its secrets sealed. To use them after a\nrestore the cluster key is needed: cluster.key in each node's data directory. Keep a copy of it\nin another place than the backups. Contents of images and volumes are not in it."
@@ -83,6 +89,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Command::Remove(args) => members::remove(args),
         Command::Transfer(args) => members::transfer(args),
         Command::EvacuateOnFailure(args) => members::evacuate_on_failure(args),
+        Command::RotateKeys(args) => rotate_keys::run(args),
         Command::Backup(args) => backup::run(&args),
         Command::Restore(args) => restore::run(&args),
         Command::Recover(args) => recover::run(&args),

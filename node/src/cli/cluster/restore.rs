@@ -1,11 +1,12 @@
 //! `trine cluster restore`: a new cluster of one host from a backup.
 
 use crate::cli::HostArgs;
+use crate::cluster_keys::ClusterKeys;
 use crate::config::NodeConfig;
 use crate::daemon::Machine;
 use crate::daemon::bootstrap::Adoption;
 use crate::daemon::capacity::Capacity;
-use crate::data_directory::{Contents, DataDirectory, read_cluster_key};
+use crate::data_directory::{Contents, DataDirectory};
 use crate::files::Access;
 use crate::pki::{Authority, NodeIdentity, NodeKey};
 use anyhow::{Context, Result, bail};
@@ -35,9 +36,18 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let file = args.file.display();
     let backup = std::fs::read(&args.file).with_context(|| format!("cannot read {file}"))?;
     let info = raft::read_backup(&backup).with_context(|| format!("{file} is no backup"))?;
-    let cluster_key = read_cluster_key(&args.cluster_key_file)?;
-    let node_id = Machine::next_host_id(&info.state)
-        .map_err(|error| anyhow::anyhow!("{file} holds no state that can be read: {error}"))?;
+    let cluster_keys = ClusterKeys::read(&args.cluster_key_file)?;
+    let unreadable = |error| anyhow::anyhow!("{file} holds no state that can be read: {error}");
+    let needed = Machine::key_ids(&info.state).map_err(unreadable)?;
+    if let Some(lacking) = needed.iter().find(|id| !cluster_keys.holds(id)) {
+        bail!(
+            "{file} needs the cluster key {lacking}, and {} holds {}; take the cluster.key of the \
+             time of the backup",
+            args.cluster_key_file.display(),
+            cluster_keys.ids().join(", ")
+        );
+    }
+    let node_id = Machine::next_host_id(&info.state).map_err(unreadable)?;
     let config = config(&args.host, node_id);
     if let Some((key, value, rule)) = config.problem() {
         bail!("{key} is {value}; {rule}");
@@ -54,7 +64,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         authority: &authority,
         key_pem: &key.key_pem,
         certificate_pem: &authority.issue(&key.public_key, &identity)?,
-        cluster_key,
+        cluster_keys,
         more: vec![(Adoption::FILE_NAME, adoption, Access::Public)],
         log: Some(&log),
     };

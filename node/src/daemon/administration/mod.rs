@@ -3,6 +3,7 @@
 
 mod backup;
 mod evacuate;
+mod keys;
 mod membership;
 mod status;
 
@@ -52,6 +53,11 @@ pub(crate) enum ClusterRequest {
         /// Whether.
         on: bool,
     },
+    /// A new key for the cluster's secrets, and new keys for tokens.
+    RotateKeys {
+        /// Hosts that need not answer: names or ids.
+        without: Vec<String>,
+    },
     /// The whole state, into the file that comes with the request.
     Backup,
 }
@@ -70,6 +76,7 @@ pub(super) async fn answer(
         ClusterRequest::Remove { host, force } => membership::remove(node, &host, force).await,
         ClusterRequest::Transfer { to } => membership::transfer(node, to.as_deref()).await,
         ClusterRequest::EvacuateOnFailure { host, on } => evacuate::mark(node, &host, on).await,
+        ClusterRequest::RotateKeys { without } => keys::rotate(node, &without).await,
         ClusterRequest::Backup => {
             backup::write(node, file.context("a backup needs a file to go to")?).await
         }
