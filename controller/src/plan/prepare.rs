@@ -13,23 +13,52 @@ pub fn prepare(
     in_flight: &mut InFlight,
     mut command: Command,
 ) -> Command {
+    // Deletions too: what is made and gone again between two placements would else stay promised.
+    if matches!(command, Command::Compute(_) | Command::Volume(_)) {
+        in_flight.settle(state);
+    }
     match &mut command {
         Command::Compute(ComputeCommand::CreateServer(new)) => {
-            in_flight.settle(state);
             place_server(state, liveness, in_flight, new);
         }
         Command::Compute(ComputeCommand::EvacuateServer {
             id, requested_host, placement, ..
         }) => {
-            in_flight.settle(state);
             let wanted = requested_host.as_deref();
             *placement = place_again(state, liveness, in_flight, id, wanted);
         }
         Command::Volume(VolumeCommand::Create(new)) => {
-            in_flight.settle(state);
             place_volume(state, liveness, in_flight, new);
         }
         _ => {}
     }
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::fixture::{Sample, new_server};
+
+    #[test]
+    fn what_is_made_and_gone_again_leaves_no_promise() {
+        let mut sample = Sample::new();
+        let mut in_flight = InFlight::default();
+        // Far more than the hosts have room for, one after the other.
+        for number in 0..200 {
+            let id = format!("s{number}");
+            let create = ComputeCommand::CreateServer(Box::new(new_server(&id, None)));
+            let delete = ComputeCommand::DeleteServer(id.as_str().into());
+            for command in [create, delete] {
+                let command = Command::Compute(command);
+                let liveness = sample.liveness.clone();
+                let command = prepare(&sample.state, &liveness, &mut in_flight, command);
+                sample.apply_as_is(&command).expect("done");
+            }
+            assert!(sample.server(&id).host.is_some(), "there is room for {id}");
+            let generation = sample.server(&id).generation;
+            let gone = ComputeCommand::ServerGone { id: id.as_str().into(), generation };
+            sample.apply_as_is(&Command::Compute(gone)).expect("gone");
+        }
+    }
 }
