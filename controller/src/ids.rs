@@ -1,10 +1,12 @@
 //! Names of things: one newtype for each kind of id.
 //!
 //! Ids are strings because identity and flavors allow free-form ones; every other id is
-//! a UUID in its hyphenated form, minted by the API and carried in the command.
+//! a UUID in its hyphenated form, minted by the API and carried in the command. They stand in
+//! every table and are copied with its chunks at each write, so their text is shared.
 
 use std::borrow::Borrow;
 use std::fmt;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -14,7 +16,7 @@ macro_rules! string_id {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(transparent)]
-        pub struct $name(pub String);
+        pub struct $name(Arc<str>);
 
         impl $name {
             /// The id as text.
@@ -43,19 +45,19 @@ macro_rules! string_id {
 
         impl From<String> for $name {
             fn from(id: String) -> Self {
-                Self(id)
+                Self(id.into())
             }
         }
 
         impl From<&str> for $name {
             fn from(id: &str) -> Self {
-                Self(id.to_owned())
+                Self(id.into())
             }
         }
 
         impl From<Uuid> for $name {
             fn from(id: Uuid) -> Self {
-                Self(id.to_string())
+                Self(id.to_string().into())
             }
         }
     )*};

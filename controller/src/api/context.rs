@@ -92,7 +92,7 @@ pub(crate) fn roles_at(state: &State, user: &UserId, target: &Target) -> BTreeSe
     let first = Assignment {
         actor: Actor::User(user.clone()),
         target: target.clone(),
-        role_id: RoleId(String::new()),
+        role_id: RoleId::from(String::new()),
     };
     let assignments = state.identity.assignments.range(first.clone()..);
     assignments

@@ -179,7 +179,7 @@ mod tests {
             }
             for chore in chores {
                 said.push(chore.subject.clone());
-                let applied = sample.apply(leases.prepare_fence(chore.command.clone()));
+                let applied = sample.apply(leases.prepared(chore.command.clone()));
                 let ending = if applied.is_ok() { Ending::Applied } else { Ending::Refused };
                 leading.ended(&chore, leases, ending, now);
             }
@@ -245,7 +245,7 @@ mod tests {
         sample.liveness.up.clear();
         let (mut leading, mut leases) = (Leading::default(), heard(host));
         let fence = leading.due(&sample.state, &mut leases, at(10), 0).remove(0);
-        sample.must(leases.prepare_fence(fence.command.clone()));
+        sample.must(leases.prepared(fence.command.clone()));
         leading.ended(&fence, &mut leases, Ending::Applied, at(10));
         let chore = leading.due(&sample.state, &mut leases, at(11), 0).remove(0);
         sample.refused(chore.command.clone());

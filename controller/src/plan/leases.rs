@@ -121,15 +121,23 @@ impl LeaderLeases {
 
     /// To be asked for every command before it is appended: a fence that this leader did not
     /// decide on (it was forwarded, or comes from an earlier term) becomes one that is refused.
-    pub fn prepare_fence(&self, command: Command) -> Command {
+    /// `false`: the command is as it was.
+    pub fn prepare_fence(&self, command: &mut Command) -> bool {
         match command {
             Command::Cluster(ClusterCommand::FenceHost { id, epoch })
-                if !self.admits_fence(id, epoch) =>
+                if !self.admits_fence(*id, *epoch) =>
             {
-                Command::Cluster(ClusterCommand::FenceHost { id, epoch: 0 })
+                *epoch = 0;
+                true
             }
-            command => command,
+            _ => false,
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn prepared(&self, mut command: Command) -> Command {
+        self.prepare_fence(&mut command);
+        command
     }
 
     /// The proposal has ended. While its outcome is unknown the host gets no lease of this term.
@@ -299,15 +307,15 @@ mod tests {
     #[test]
     fn only_the_leader_that_marked_a_host_may_append_its_fence() {
         let (mut leases, host) = leader();
-        assert_eq!(leases.prepare_fence(fence(1)), fence(0));
+        assert_eq!(leases.prepared(fence(1)), fence(0));
         leases.fence(&host, at(10));
-        assert_eq!(leases.prepare_fence(fence(1)), fence(1));
-        assert_eq!(leases.prepare_fence(fence(2)), fence(0));
+        assert_eq!(leases.prepared(fence(1)), fence(1));
+        assert_eq!(leases.prepared(fence(2)), fence(0));
         // Deposed and elected again while the proposal goes round: another may have given a lease.
         leases.lead(None, at(11));
-        assert_eq!(leases.prepare_fence(fence(1)), fence(0));
+        assert_eq!(leases.prepared(fence(1)), fence(0));
         leases.lead(Some(3), at(12));
-        assert_eq!(leases.prepare_fence(fence(1)), fence(0));
+        assert_eq!(leases.prepared(fence(1)), fence(0));
         assert!(!leases.may_grant(B), "its outcome is not known");
         leases.fence_ended(B, false);
         assert!(leases.may_grant(B));

@@ -5,19 +5,19 @@ use crate::state::compute::ComputeCommand;
 use crate::state::volume::VolumeCommand;
 use crate::state::{Command, State};
 
-/// Fills in what only the leader knows. A command that was refused as stale is prepared
-/// again and placed anew.
+/// Fills in what only the leader knows; `false`: there was nothing to fill in. A command that was
+/// refused as stale is prepared again and placed anew.
 pub fn prepare(
     state: &State,
     liveness: &Liveness,
     in_flight: &mut InFlight,
-    mut command: Command,
-) -> Command {
+    command: &mut Command,
+) -> bool {
     // Deletions too: what is made and gone again between two placements would else stay promised.
     if matches!(command, Command::Compute(_) | Command::Volume(_)) {
         in_flight.settle(state);
     }
-    match &mut command {
+    match command {
         Command::Compute(ComputeCommand::CreateServer(new)) => {
             place_server(state, liveness, in_flight, new);
         }
@@ -30,9 +30,9 @@ pub fn prepare(
         Command::Volume(VolumeCommand::Create(new)) => {
             place_volume(state, liveness, in_flight, new);
         }
-        _ => {}
+        _ => return false,
     }
-    command
+    true
 }
 
 #[cfg(test)]
@@ -50,9 +50,9 @@ mod tests {
             let create = ComputeCommand::CreateServer(Box::new(new_server(&id, None)));
             let delete = ComputeCommand::DeleteServer(id.as_str().into());
             for command in [create, delete] {
-                let command = Command::Compute(command);
+                let mut command = Command::Compute(command);
                 let liveness = sample.liveness.clone();
-                let command = prepare(&sample.state, &liveness, &mut in_flight, command);
+                prepare(&sample.state, &liveness, &mut in_flight, &mut command);
                 sample.apply_as_is(&command).expect("done");
             }
             assert!(sample.server(&id).host.is_some(), "there is room for {id}");

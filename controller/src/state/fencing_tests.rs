@@ -497,9 +497,8 @@ fn the_leader_counts_evacuations_that_are_under_way() {
     let mut in_flight = crate::plan::InFlight::default();
     let mut hosts = Vec::new();
     for n in 0..4 {
-        let command = evacuate(&format!("e{n}"));
-        let prepared =
-            crate::plan::prepare(&sample.state, &sample.liveness, &mut in_flight, command);
+        let mut prepared = evacuate(&format!("e{n}"));
+        crate::plan::prepare(&sample.state, &sample.liveness, &mut in_flight, &mut prepared);
         let Command::Compute(ComputeCommand::EvacuateServer { placement, .. }) = prepared else {
             panic!("the command became another");
         };

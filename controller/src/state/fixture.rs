@@ -223,9 +223,9 @@ impl Sample {
     }
 
     /// Applies a command as the log would: prepared by the leader, under a new id.
-    pub(crate) fn apply(&mut self, command: Command) -> Result<Outcome, Rejection> {
+    pub(crate) fn apply(&mut self, mut command: Command) -> Result<Outcome, Rejection> {
         let mut in_flight = InFlight::default();
-        let command = prepare(&self.state, &self.liveness, &mut in_flight, command);
+        prepare(&self.state, &self.liveness, &mut in_flight, &mut command);
         self.apply_as_is(&command)
     }
 

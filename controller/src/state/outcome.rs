@@ -1,9 +1,12 @@
 //! What a command comes to: an outcome, or a rejection that left the state untouched.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 
 use imbl::OrdMap;
-use serde::{Deserialize, Serialize};
+use serde::ser::{SerializeMap, SerializeStruct};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use thiserror::Error;
 
 use super::cluster::Host;
@@ -150,16 +153,23 @@ fn capitalised(word: &str) -> String {
 }
 
 /// The last outcomes by command id, so that a retried command isn't applied twice.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+///
+/// While a view is held, a write copies each chunk of a map that it touches. Ids are random, so
+/// every command touches another chunk of `by_id`: it holds numbers only. Outcomes stand in the
+/// order of the log, where one chunk serves many commands in a row.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcomes {
-    by_id: OrdMap<[u8; 16], (u64, Result<Outcome, Rejection>)>,
-    by_index: OrdMap<u64, [u8; 16]>,
+    by_id: OrdMap<[u8; 16], u64>,
+    by_index: OrdMap<u64, Kept>,
 }
+
+type Kept = ([u8; 16], Arc<Result<Outcome, Rejection>>);
 
 impl Outcomes {
     /// The outcome of an earlier command of that id.
     pub fn get(&self, command_id: &[u8; 16]) -> Option<&Result<Outcome, Rejection>> {
-        self.by_id.get(command_id).map(|(_, outcome)| outcome)
+        let (_, outcome) = self.by_index.get(self.by_id.get(command_id)?)?;
+        Some(outcome)
     }
 
     /// Keeps an outcome and forgets the oldest ones above the limit.
@@ -169,10 +179,10 @@ impl Outcomes {
         command_id: [u8; 16],
         outcome: &Result<Outcome, Rejection>,
     ) {
-        self.by_id.insert(command_id, (index, outcome.clone()));
-        self.by_index.insert(index, command_id);
+        self.by_id.insert(command_id, index);
+        self.by_index.insert(index, (command_id, Arc::new(outcome.clone())));
         while self.by_index.len() > OUTCOMES_MAX {
-            let Some(&(oldest, id)) = self.by_index.get_min() else { break };
+            let Some(&(oldest, (id, _))) = self.by_index.get_min() else { break };
             self.by_index.remove(&oldest);
             self.by_id.remove(&id);
         }
@@ -186,5 +196,56 @@ impl Outcomes {
     /// True when none is kept.
     pub fn is_empty(&self) -> bool {
         self.by_id.is_empty()
+    }
+}
+
+/// In a snapshot: the outcomes by command id, and the ids by index.
+impl Serialize for Outcomes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut fields = serializer.serialize_struct("Outcomes", 2)?;
+        fields.serialize_field("by_id", &ById(self))?;
+        fields.serialize_field("by_index", &ByIndex(self))?;
+        fields.end()
+    }
+}
+
+struct ById<'a>(&'a Outcomes);
+
+impl Serialize for ById<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let outcomes = self.0;
+        let kept = outcomes.by_id.iter().filter_map(|(id, index)| {
+            let (_, outcome) = outcomes.by_index.get(index)?;
+            Some((id, (index, outcome.as_ref())))
+        });
+        // `collect_map` would ask the iterator for a length that a filter doesn't know.
+        let mut map = serializer.serialize_map(Some(outcomes.by_id.len()))?;
+        for (id, value) in kept {
+            map.serialize_entry(id, &value)?;
+        }
+        map.end()
+    }
+}
+
+struct ByIndex<'a>(&'a Outcomes);
+
+impl Serialize for ByIndex<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.by_index.iter().map(|(index, (id, _))| (index, id)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Outcomes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        struct Stored {
+            by_id: BTreeMap<[u8; 16], (u64, Result<Outcome, Rejection>)>,
+        }
+        let mut outcomes = Self::default();
+        for (id, (index, outcome)) in Stored::deserialize(deserializer)?.by_id {
+            outcomes.by_id.insert(id, index);
+            outcomes.by_index.insert(index, (id, Arc::new(outcome)));
+        }
+        Ok(outcomes)
     }
 }

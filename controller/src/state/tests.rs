@@ -232,9 +232,8 @@ fn placements_spread_and_count_what_is_in_flight() {
     let mut in_flight = crate::plan::InFlight::default();
     let mut hosts = Vec::new();
     for n in 0..6 {
-        let command = create_server(&format!("s{n}"));
-        let prepared =
-            crate::plan::prepare(&sample.state, &sample.liveness, &mut in_flight, command);
+        let mut prepared = create_server(&format!("s{n}"));
+        crate::plan::prepare(&sample.state, &sample.liveness, &mut in_flight, &mut prepared);
         let Command::Compute(ComputeCommand::CreateServer(new)) = prepared else {
             panic!("the command became another");
         };

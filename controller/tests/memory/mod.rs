@@ -100,10 +100,10 @@ impl Memory {
         self.inner.lock().unwrap().silent.insert(HostId(host));
     }
 
-    fn apply(&self, id: [u8; 16], command: Command) -> Result<Outcome, ProposeError> {
+    fn apply(&self, id: [u8; 16], mut command: Command) -> Result<Outcome, ProposeError> {
         let liveness = self.liveness();
         let inner = &mut *self.inner.lock().unwrap();
-        let command = prepare(&inner.state, &liveness, &mut inner.in_flight, command);
+        prepare(&inner.state, &liveness, &mut inner.in_flight, &mut command);
         // Through bytes, as in the log.
         let command = Command::decode(&command.encode()).unwrap();
         inner.index += 1;

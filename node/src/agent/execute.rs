@@ -125,7 +125,7 @@ impl Agent {
         });
         if let Some((ports, generation)) = guest {
             let mut switch = self.switch()?;
-            for port in ports.into_iter().map(PortId) {
+            for port in ports.into_iter().map(PortId::from) {
                 switch.detach(port.as_str(), generation)?;
                 self.with_world(|world| world.detached(&port));
             }

@@ -83,7 +83,7 @@ impl World {
                 directory.remove()?;
                 continue;
             };
-            let id = ServerId(record.server_id.clone());
+            let id = ServerId::from(record.server_id.clone());
             let (life, disks) = observe(&directory, &record)?;
             let mut guest = Guest::new(record, life);
             guest.saw(disks);
@@ -174,11 +174,11 @@ impl World {
     pub(super) fn saw_storage(&mut self, status: &storage::control::Status) {
         let volumes = status.volumes.iter().map(|volume| {
             let holder = volume.attached.as_ref();
-            let holder = holder.map(|h| (ServerId(h.server_id.clone()), volume.generation));
-            (VolumeId(volume.id.clone()), observed::Volume { holder })
+            let holder = holder.map(|h| (ServerId::from(h.server_id.clone()), volume.generation));
+            (VolumeId::from(volume.id.clone()), observed::Volume { holder })
         });
         self.volumes = Some(volumes.collect());
-        self.roots = status.servers.iter().map(|id| ServerId(id.clone())).collect();
+        self.roots = status.servers.iter().map(|id| ServerId::from(id.clone())).collect();
         self.images = status.images.iter().map(|image| image.sha512.clone()).collect();
     }
 
@@ -195,7 +195,7 @@ impl World {
         }
         let attached = status.ports_attached.iter();
         self.attached =
-            attached.map(|port| (PortId(port.port_id.clone()), port.generation)).collect();
+            attached.map(|port| (PortId::from(port.port_id.clone()), port.generation)).collect();
     }
 
     pub(super) fn programmed(&mut self, view: SwitchView) {

@@ -170,7 +170,7 @@ fn object(number: usize, project: &controller::ids::ProjectId, user: &UserId) ->
     let name = format!("bench-{number}");
     match number % 4 {
         0 => Command::Identity(IdentityCommand::CreateUser(NewUser {
-            id: UserId(id.simple().to_string()),
+            id: UserId::from(id.simple().to_string()),
             domain_id: "default".into(),
             name,
             password_hash: None,

@@ -26,10 +26,12 @@ impl raft::Prepare for Placing {
     fn prepare(&self, bytes: Vec<u8>) -> Vec<u8> {
         let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
         // What can't be read is refused where it is applied.
-        let Ok(command) = Command::decode(&bytes) else { return bytes };
+        let Ok(mut command) = Command::decode(&bytes) else { return bytes };
         self.node.note_leadership();
-        let command = self.node.heartbeats.leases().prepare_fence(command);
-        let Some((state, liveness)) = self.known() else { return command.encode() };
-        plan::prepare(&state, &liveness, &mut in_flight, command).encode()
+        let mut changed = self.node.heartbeats.leases().prepare_fence(&mut command);
+        if let Some((state, liveness)) = self.known() {
+            changed |= plan::prepare(&state, &liveness, &mut in_flight, &mut command);
+        }
+        if changed { command.encode() } else { bytes }
     }
 }

@@ -106,7 +106,7 @@ impl Placing {
 impl raft::Prepare for Placing {
     fn prepare(&self, bytes: Vec<u8>) -> Vec<u8> {
         let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
-        let (Ok(command), Some(node)) = (Command::decode(&bytes), self.world.node(self.host))
+        let (Ok(mut command), Some(node)) = (Command::decode(&bytes), self.world.node(self.host))
         else {
             return bytes;
         };
@@ -114,8 +114,9 @@ impl raft::Prepare for Placing {
         let now = self.world.host(self.host, |hardware| hardware.clock(runtime::now()));
         let hosts = state.cluster.hosts.keys().copied();
         let leases = self.table.lock();
-        let command = leases.prepare_fence(command);
+        let mut changed = leases.prepare_fence(&mut command);
         let liveness = leases.liveness(hosts, now.unwrap_or_default());
-        plan::prepare(&state, &liveness, &mut in_flight, command).encode()
+        changed |= plan::prepare(&state, &liveness, &mut in_flight, &mut command);
+        if changed { command.encode() } else { bytes }
     }
 }

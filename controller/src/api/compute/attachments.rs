@@ -112,7 +112,7 @@ async fn create(
     let command = VolumeCommand::Attach {
         volume_id: volume.id.clone(),
         server_id: server.id.clone(),
-        attachment_id: AttachmentId(ctx.mint()),
+        attachment_id: AttachmentId::from(ctx.mint()),
         device: fields.device.filter(|device| !device.is_empty()),
         tag: fields.tag.filter(|_| ctx.at_least(2, 49)),
         delete_on_termination: fields.delete_on_termination.unwrap_or(false),
@@ -136,7 +136,7 @@ async fn remove(
         return Err(not_attached(&server.id, &volume));
     }
     let command =
-        VolumeCommand::Detach { volume_id: VolumeId(volume), server_id: server.id.clone() };
+        VolumeCommand::Detach { volume_id: VolumeId::from(volume), server_id: server.id.clone() };
     ctx.propose(Command::Volume(command)).await.map_err(as_nova)?;
     Ok(StatusCode::ACCEPTED)
 }

@@ -185,8 +185,8 @@ fn amount(field: &str, value: Option<u64>, least: u64) -> Result<u64, ApiError> 
 
 fn flavor_id(ctx: &Context, given: Option<Value>) -> Result<FlavorId, ApiError> {
     let text = match given {
-        None | Some(Value::Null) => return Ok(FlavorId(ctx.mint())),
-        Some(Value::String(text)) if text == "auto" => return Ok(FlavorId(ctx.mint())),
+        None | Some(Value::Null) => return Ok(FlavorId::from(ctx.mint())),
+        Some(Value::String(text)) if text == "auto" => return Ok(FlavorId::from(ctx.mint())),
         Some(Value::String(text)) => text,
         Some(Value::Number(number)) => number.to_string(),
         Some(other) => {
@@ -201,7 +201,7 @@ fn flavor_id(ctx: &Context, given: Option<Value>) -> Result<FlavorId, ApiError> 
             "Invalid input for field/attribute id. Value: {text}."
         )));
     }
-    Ok(FlavorId(text))
+    Ok(FlavorId::from(text))
 }
 
 fn factor(value: Option<Value>) -> Result<f64, ApiError> {
@@ -256,7 +256,7 @@ async fn update(
 }
 
 async fn remove(ctx: Context, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    ctx.propose(Command::Compute(ComputeCommand::DeleteFlavor(FlavorId(id)))).await?;
+    ctx.propose(Command::Compute(ComputeCommand::DeleteFlavor(FlavorId::from(id)))).await?;
     Ok(StatusCode::ACCEPTED)
 }
 

@@ -143,7 +143,7 @@ fn available(ctx: &Context, project: &ProjectId) -> Vec<NetworkId> {
 
 fn new_port(ctx: &Context, network_id: NetworkId) -> NewServerPort {
     let source = PortSource::New { network_id, fixed_ip: None };
-    NewServerPort { port_id: PortId(ctx.mint()), source, tag: None }
+    NewServerPort { port_id: PortId::from(ctx.mint()), source, tag: None }
 }
 
 /// The only network that it can be; none for a project without networks where that is
@@ -219,7 +219,7 @@ fn one_network(
         .map(|text| text.parse::<IpAddr>().map_err(|_| bad(format!("Invalid fixed_ip {text}."))))
         .transpose()?;
     let source = PortSource::New { network_id: network.id.clone(), fixed_ip };
-    Ok(NewServerPort { port_id: PortId(ctx.mint()), source, tag })
+    Ok(NewServerPort { port_id: PortId::from(ctx.mint()), source, tag })
 }
 
 /// The security groups by name or id. The project's default group is made when it is
@@ -408,7 +408,7 @@ async fn validated(ctx: &Context, request: &CreateRequest) -> Result<NewServer, 
     let flavor = flavors::find(ctx, &flavor)
         .map_err(|_| bad(format!("Flavor {flavor} could not be found.")))?;
     let (availability_zone, requested_host) = placement(ctx, fields)?;
-    let id = ServerId(ctx.mint());
+    let id = ServerId::from(ctx.mint());
     Ok(NewServer {
         name: fields.name.trim().to_owned(),
         user_id: ctx.user_id(),
@@ -440,10 +440,10 @@ fn numbered(ctx: &Context, first: &NewServer, index: u64) -> NewServer {
     server.launch_index = u32::try_from(index).unwrap_or(u32::MAX);
     server.name = format!("{}-{}", first.name, index + 1);
     server.hostname = format!("{}-{}", first.hostname, index + 1);
-    server.id = ServerId(ctx.mint());
+    server.id = ServerId::from(ctx.mint());
     for port in &mut server.networks {
         if matches!(port.source, PortSource::New { .. }) {
-            port.port_id = PortId(ctx.mint());
+            port.port_id = PortId::from(ctx.mint());
         }
     }
     server

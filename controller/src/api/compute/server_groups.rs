@@ -109,7 +109,7 @@ async fn create(ctx: Context, Body(request): Body<CreateRequest>) -> Result<Json
     super::check_name("name", &fields.name)?;
     let policy = wanted_policy(&ctx, &fields)?;
     let command = ComputeCommand::CreateServerGroup {
-        id: ServerGroupId(ctx.mint()),
+        id: ServerGroupId::from(ctx.mint()),
         project_id: ctx.project_id()?,
         user_id: ctx.user_id(),
         policy,

@@ -40,15 +40,15 @@ type OnTarget = Path<(String, String, String)>;
 type OnSystem = Path<(String, String)>;
 
 fn assignment(target: Target, user: String, role: String) -> Assignment {
-    Assignment { actor: Actor::User(UserId(user)), target, role_id: RoleId(role) }
+    Assignment { actor: Actor::User(UserId::from(user)), target, role_id: RoleId::from(role) }
 }
 
 fn on_project(target: String) -> Target {
-    Target::Project(ProjectId(target))
+    Target::Project(ProjectId::from(target))
 }
 
 fn on_domain(target: String) -> Target {
-    Target::Domain(DomainId(target))
+    Target::Domain(DomainId::from(target))
 }
 
 async fn grant(ctx: &Context, assignment: Assignment) -> Result<StatusCode, ApiError> {

@@ -80,7 +80,7 @@ async fn create(ctx: Context, Body(request): Body<DomainRequest>) -> Result<Json
     let name = fields.name.unwrap_or_default();
     super::check_name("name", &name, NAME_MAX)?;
     let command = IdentityCommand::CreateDomain(Domain {
-        id: DomainId(ctx.mint().replace('-', "")),
+        id: DomainId::from(ctx.mint().replace('-', "")),
         name,
         description: fields.description.unwrap_or_default(),
         enabled: fields.enabled.unwrap_or(true),
@@ -100,7 +100,7 @@ async fn update(
         super::check_name("name", name, NAME_MAX)?;
     }
     let command = IdentityCommand::UpdateDomain {
-        id: DomainId(id),
+        id: DomainId::from(id),
         name: fields.name,
         description: fields.description,
         enabled: fields.enabled,
@@ -110,6 +110,6 @@ async fn update(
 }
 
 async fn remove(ctx: Context, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    ctx.propose(Command::Identity(IdentityCommand::DeleteDomain(DomainId(id)))).await?;
+    ctx.propose(Command::Identity(IdentityCommand::DeleteDomain(DomainId::from(id)))).await?;
     Ok(StatusCode::NO_CONTENT)
 }

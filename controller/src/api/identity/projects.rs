@@ -97,7 +97,7 @@ async fn show(ctx: Context, Path(id): Path<String>) -> Result<Json, ApiError> {
         let mine = projects_of(&ctx.state, &ctx.caller.user);
         mine.iter().any(|project| project.id.as_str() == id)
     };
-    if !ctx.owns(&ProjectId(id.clone())) && !has_role() {
+    if !ctx.owns(&ProjectId::from(id.clone())) && !has_role() {
         ctx.caller.check(policy::PROJECT_LIST)?;
     }
     let project = ctx.state.identity.projects.get(id.as_str());
@@ -112,10 +112,10 @@ async fn create(ctx: Context, Body(request): Body<ProjectRequest>) -> Result<Jso
     if fields.is_domain == Some(true) {
         return Err(ApiError::bad_request("Make a domain by POST /v3/domains."));
     }
-    let own_domain = || ctx.caller.user.domain_id.0.clone();
+    let own_domain = || ctx.caller.user.domain_id.to_string();
     let command = IdentityCommand::CreateProject(NewProject {
-        id: ProjectId(ctx.mint().replace('-', "")),
-        domain_id: DomainId(fields.domain_id.unwrap_or_else(own_domain)),
+        id: ProjectId::from(ctx.mint().replace('-', "")),
+        domain_id: DomainId::from(fields.domain_id.unwrap_or_else(own_domain)),
         parent_id: fields.parent_id,
         name,
         description: fields.description.unwrap_or_default(),
@@ -136,7 +136,7 @@ async fn update(
         super::check_name("name", name, NAME_MAX)?;
     }
     let command = IdentityCommand::UpdateProject {
-        id: ProjectId(id),
+        id: ProjectId::from(id),
         name: fields.name,
         description: fields.description,
         enabled: fields.enabled,
@@ -147,6 +147,6 @@ async fn update(
 }
 
 async fn remove(ctx: Context, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    ctx.propose(Command::Identity(IdentityCommand::DeleteProject(ProjectId(id)))).await?;
+    ctx.propose(Command::Identity(IdentityCommand::DeleteProject(ProjectId::from(id)))).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -78,9 +78,9 @@ async fn create(ctx: Context, Body(request): Body<RoleRequest>) -> Result<Json, 
     let name = fields.name.unwrap_or_default();
     super::check_name("name", &name, NAME_MAX)?;
     let command = IdentityCommand::CreateRole(Role {
-        id: RoleId(ctx.mint().replace('-', "")),
+        id: RoleId::from(ctx.mint().replace('-', "")),
         name,
-        domain_id: fields.domain_id.map(DomainId),
+        domain_id: fields.domain_id.map(DomainId::from),
         description: fields.description,
     });
     let outcome = ctx.propose(Command::Identity(command)).await?;
@@ -97,7 +97,7 @@ async fn update(
         super::check_name("name", name, NAME_MAX)?;
     }
     let command = IdentityCommand::UpdateRole {
-        id: RoleId(id),
+        id: RoleId::from(id),
         name: fields.name,
         description: fields.description,
     };
@@ -106,6 +106,6 @@ async fn update(
 }
 
 async fn remove(ctx: Context, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    ctx.propose(Command::Identity(IdentityCommand::DeleteRole(RoleId(id)))).await?;
+    ctx.propose(Command::Identity(IdentityCommand::DeleteRole(RoleId::from(id)))).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -199,7 +199,7 @@ fn prove_token(api: &Api, state: &CloudState, id: &str) -> Result<Proven, ApiErr
 }
 
 fn project_scope(project: &Project) -> Scope {
-    Scope::Project(project.id.0.clone(), project.auth_generation)
+    Scope::Project(project.id.to_string(), project.auth_generation)
 }
 
 fn choose_scope(
@@ -220,7 +220,7 @@ fn choose_scope(
             find_project(state, &reference).map(project_scope).ok_or_else(ApiError::unauthorized)
         }
         ScopeObject { domain: Some(named), .. } => find_domain(state, &named)
-            .map(|domain| Scope::Domain(domain.id.0.clone()))
+            .map(|domain| Scope::Domain(domain.id.to_string()))
             .ok_or_else(ApiError::unauthorized),
         ScopeObject { system: Some(SystemScope { all: Some(true) }), .. } => Ok(Scope::System),
         _ => Err(ApiError::bad_request("A scope names a project, a domain or the system.")),
@@ -257,7 +257,7 @@ async fn issue(
     let scope = choose_scope(&state, &proven, request.auth.scope)?;
     let audit_ids = [Some(token::audit_id()), proven.parent_audit].into_iter().flatten().collect();
     let payload = Payload {
-        user_id: proven.user.id.0.clone(),
+        user_id: proven.user.id.to_string(),
         generation: proven.user.auth_generation,
         scope,
         methods: proven.methods,

@@ -127,14 +127,14 @@ async fn create(ctx: Context, Body(request): Body<UserRequest>) -> Result<Json, 
     let fields = request.user;
     let name = fields.name.unwrap_or_default();
     super::check_name("name", &name, NAME_MAX)?;
-    let own_domain = || ctx.caller.user.domain_id.0.clone();
+    let own_domain = || ctx.caller.user.domain_id.to_string();
     let command = IdentityCommand::CreateUser(NewUser {
-        id: UserId(ctx.mint().replace('-', "")),
-        domain_id: DomainId(fields.domain_id.unwrap_or_else(own_domain)),
+        id: UserId::from(ctx.mint().replace('-', "")),
+        domain_id: DomainId::from(fields.domain_id.unwrap_or_else(own_domain)),
         name,
         password_hash: hashed(&ctx, fields.password).await?,
         enabled: fields.enabled.unwrap_or(true),
-        default_project_id: fields.default_project_id.flatten().map(ProjectId),
+        default_project_id: fields.default_project_id.flatten().map(ProjectId::from),
         email: fields.email.flatten(),
         description: fields.description.flatten(),
     });
@@ -156,7 +156,7 @@ async fn update(
         name: fields.name,
         password_hash: hashed(&ctx, fields.password).await?,
         enabled: fields.enabled,
-        default_project_id: fields.default_project_id.map(|project| project.map(ProjectId)),
+        default_project_id: fields.default_project_id.map(|project| project.map(ProjectId::from)),
         email: fields.email,
         description: fields.description,
     });
@@ -188,6 +188,6 @@ async fn change_password(
 }
 
 async fn remove(ctx: Context, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
-    ctx.propose(Command::Identity(IdentityCommand::DeleteUser(UserId(id)))).await?;
+    ctx.propose(Command::Identity(IdentityCommand::DeleteUser(UserId::from(id)))).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -120,10 +120,10 @@ pub(super) fn check_bounds(
 }
 
 fn new_id(ctx: &Context, asked: Option<String>) -> Result<ImageId, ApiError> {
-    let Some(asked) = asked else { return Ok(ImageId(ctx.mint())) };
+    let Some(asked) = asked else { return Ok(ImageId::from(ctx.mint())) };
     let id = uuid::Uuid::parse_str(&asked)
         .map_err(|_| ApiError::bad_request(format!("Invalid image id format: {asked}")))?;
-    Ok(ImageId(id.hyphenated().to_string()))
+    Ok(ImageId::from(id.hyphenated().to_string()))
 }
 
 async fn create(ctx: Context, Body(request): Body<CreateRequest>) -> Result<Response, ApiError> {
@@ -132,9 +132,9 @@ async fn create(ctx: Context, Body(request): Body<CreateRequest>) -> Result<Resp
     let visibility = visibility(request.visibility.as_deref().unwrap_or("shared"))?;
     may_have(&ctx, visibility)?;
     let owner = match request.owner {
-        Some(owner) if !ctx.owns(&ProjectId(owner.clone())) => {
+        Some(owner) if !ctx.owns(&ProjectId::from(owner.clone())) => {
             ctx.require_admin("add_image")?;
-            ProjectId(owner)
+            ProjectId::from(owner)
         }
         _ => ctx.project_id()?,
     };
@@ -331,7 +331,7 @@ fn sort_value(image: &Image, key: &str) -> (u64, String) {
         "size" => (size, String::new()),
         "created_at" => (image.created_ms, String::new()),
         "updated_at" => (image.updated_ms, String::new()),
-        _ => (0, image.id.0.clone()),
+        _ => (0, image.id.to_string()),
     }
 }
 

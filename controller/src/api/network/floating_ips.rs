@@ -113,10 +113,10 @@ async fn create(ctx: Context, Body(body): Body<Create>) -> Result<Json, ApiError
     refuse_whole_port(&port_id)?;
     super::admin_only(&ctx, &asked.floating_ip_address, "create_floatingip:floating_ip_address")?;
     let command = NetworkCommand::CreateFloatingIp(Box::new(NewFloatingIp {
-        id: FloatingIpId(ctx.mint()),
+        id: FloatingIpId::from(ctx.mint()),
         project_id: super::project_of(&ctx, asked.project_id, asked.tenant_id)?,
         floating_network_id: network,
-        subnet_id: asked.subnet_id.map(SubnetId),
+        subnet_id: asked.subnet_id.map(SubnetId::from),
         floating_ip_address: asked.floating_ip_address,
         port_id,
         fixed_ip_address: asked.fixed_ip_address,
@@ -245,7 +245,7 @@ async fn create_forwarding(
 ) -> Result<Json, ApiError> {
     let asked = body.port_forwarding;
     let command = NetworkCommand::CreatePortForwarding(Box::new(NewPortForwarding {
-        id: PortForwardingId(ctx.mint()),
+        id: PortForwardingId::from(ctx.mint()),
         floating_ip_id: find(&ctx, &id)?.id.clone(),
         protocol: asked.protocol,
         external_port: asked.external_port,

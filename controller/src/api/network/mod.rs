@@ -34,7 +34,7 @@ fn project_of(
     match project_id.or(tenant_id) {
         None => ctx.project_id(),
         Some(named) => {
-            let named = ProjectId(named);
+            let named = ProjectId::from(named);
             if !ctx.owns(&named) {
                 ctx.require_admin("create_for_another_project")?;
             }

@@ -119,7 +119,7 @@ async fn create(ctx: Context, Body(body): Body<Create>) -> Result<Json, ApiError
         )));
     }
     let command = NetworkCommand::CreateNetwork(Box::new(NewNetwork {
-        id: NetworkId(ctx.mint()),
+        id: NetworkId::from(ctx.mint()),
         project_id: super::project_of(&ctx, asked.project_id, asked.tenant_id)?,
         name: asked.name.unwrap_or_default(),
         description: asked.description.unwrap_or_default(),

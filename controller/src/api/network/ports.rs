@@ -103,7 +103,7 @@ struct AskedPair {
 
 fn addresses(asked: Vec<AskedAddress>) -> Vec<FixedIpRequest> {
     let request = |asked: AskedAddress| FixedIpRequest {
-        subnet_id: asked.subnet_id.map(SubnetId),
+        subnet_id: asked.subnet_id.map(SubnetId::from),
         ip_address: asked.ip_address,
     };
     asked.into_iter().map(request).collect()
@@ -163,8 +163,8 @@ async fn create(ctx: Context, Body(body): Body<Create>) -> Result<Json, ApiError
         )));
     }
     let command = NetworkCommand::CreatePort(Box::new(NewPort {
-        id: PortId(ctx.mint()),
-        network_id: NetworkId(asked.network_id),
+        id: PortId::from(ctx.mint()),
+        network_id: NetworkId::from(asked.network_id),
         project_id: super::project_of(&ctx, asked.project_id, asked.tenant_id)?,
         name: asked.name.unwrap_or_default(),
         description: asked.description.unwrap_or_default(),

@@ -126,7 +126,7 @@ async fn create(ctx: Context, Body(body): Body<Create>) -> Result<Json, ApiError
         return Err(ApiError::bad_request("stateful is false; every group tracks connections."));
     }
     let command = NetworkCommand::CreateSecurityGroup {
-        id: SecurityGroupId(ctx.mint()),
+        id: SecurityGroupId::from(ctx.mint()),
         project_id: super::project_of(&ctx, asked.project_id, asked.tenant_id)?,
         name: asked.name,
         description: asked.description.unwrap_or_default(),
@@ -272,7 +272,7 @@ async fn create_rule(ctx: Context, Body(body): Body<CreateRuleBody>) -> Result<J
     let ethertype = ethertype(asked.ethertype.as_deref().unwrap_or("IPv4"))?;
     let prefix = asked.remote_ip_prefix.filter(|prefix| !prefix.is_empty());
     let command = NetworkCommand::CreateSecurityGroupRule(Box::new(NewRule {
-        id: SecurityGroupRuleId(ctx.mint()),
+        id: SecurityGroupRuleId::from(ctx.mint()),
         security_group_id: group,
         description: asked.description.unwrap_or_default(),
         direction: direction(&asked.direction)?,

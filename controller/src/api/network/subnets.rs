@@ -164,8 +164,8 @@ async fn create(ctx: Context, Body(body): Body<Create>) -> Result<Json, ApiError
         )));
     }
     let command = NetworkCommand::CreateSubnet(Box::new(NewSubnet {
-        id: SubnetId(ctx.mint()),
-        network_id: NetworkId(asked.network_id),
+        id: SubnetId::from(ctx.mint()),
+        network_id: NetworkId::from(asked.network_id),
         project_id: super::project_of(&ctx, asked.project_id, asked.tenant_id)?,
         name: asked.name.unwrap_or_default(),
         description: asked.description.unwrap_or_default(),

@@ -102,7 +102,7 @@ fn quota_set(of: &ProjectId, mut limits: Map<String, Value>) -> Json {
 
 /// The project whose quota is asked for: the caller's, or any for an administrator.
 fn quota_of(ctx: &Context, of: String) -> Result<ProjectId, ApiError> {
-    let of = ProjectId(of);
+    let of = ProjectId::from(of);
     if ctx.sees(&of) {
         return Ok(of);
     }
@@ -152,7 +152,7 @@ async fn set_quota(
         };
         limits.push((*resource, limit));
     }
-    let of = ProjectId(of);
+    let of = ProjectId::from(of);
     let command = QuotaCommand::Set { project_id: of.clone(), limits };
     ctx.propose(Command::Quota(command)).await?;
     let state = ctx.fresh().await?;
@@ -166,7 +166,7 @@ async fn reset_quota(
 ) -> Result<StatusCode, ApiError> {
     super::project(&ctx, &project)?;
     let limits = QUOTAS.iter().map(|resource| (*resource, resource.default_limit())).collect();
-    let command = QuotaCommand::Set { project_id: ProjectId(of), limits };
+    let command = QuotaCommand::Set { project_id: ProjectId::from(of), limits };
     ctx.propose(Command::Quota(command)).await?;
     Ok(StatusCode::OK)
 }

@@ -275,7 +275,7 @@ async fn create(
         return Err(ApiError::bad_request(message));
     }
     let command = VolumeCommand::Create(Box::new(NewVolume {
-        id: VolumeId(ctx.mint()),
+        id: VolumeId::from(ctx.mint()),
         name: fields.name.or(fields.display_name).unwrap_or_default(),
         description: fields.description.or(fields.display_description),
         project_id,
@@ -326,7 +326,7 @@ async fn change(
     metadata: Option<BTreeMap<String, String>>,
     bootable: Option<bool>,
 ) -> Result<Outcome, ApiError> {
-    let id = VolumeId(id);
+    let id = VolumeId::from(id);
     let command = VolumeCommand::Update { id, name, description, metadata, bootable };
     ctx.propose(Command::Volume(command)).await
 }
@@ -336,7 +336,7 @@ async fn remove(
     Path((project, id)): Path<(String, String)>,
 ) -> Result<StatusCode, ApiError> {
     owned(&ctx, &project, &id)?;
-    ctx.propose(Command::Volume(VolumeCommand::Delete(VolumeId(id)))).await?;
+    ctx.propose(Command::Volume(VolumeCommand::Delete(VolumeId::from(id)))).await?;
     Ok(StatusCode::ACCEPTED)
 }
 

@@ -123,12 +123,12 @@ impl State {
             },
         );
         for name in ROLES {
-            let id = RoleId(mint(&format!("role/{name}")));
+            let id = RoleId::from(mint(&format!("role/{name}")));
             let role =
                 Role { id: id.clone(), name: name.into(), domain_id: None, description: None };
             self.identity.roles.insert(id, role);
         }
-        let project_id = ProjectId(mint("project/admin"));
+        let project_id = ProjectId::from(mint("project/admin"));
         self.identity.projects.insert(
             project_id.clone(),
             Project {
@@ -142,7 +142,7 @@ impl State {
                 tags: BTreeSet::new(),
             },
         );
-        let user_id = UserId(mint("user/admin"));
+        let user_id = UserId::from(mint("user/admin"));
         self.identity.users.insert(
             user_id.clone(),
             User {
@@ -161,7 +161,7 @@ impl State {
         let made = "it was inserted above";
         self.index.add_project(self.identity.projects.get(&project_id).expect(made));
         self.index.add_user(self.identity.users.get(&user_id).expect(made));
-        let role_id = RoleId(mint("role/admin"));
+        let role_id = RoleId::from(mint("role/admin"));
         for target in
             [Target::Project(project_id.clone()), Target::Domain(domain_id), Target::System]
         {

@@ -97,7 +97,7 @@ impl State {
         room(self.identity.domains.len(), DOMAINS_MAX, "domain")?;
         self.check_domain_name(&domain.name, None)?;
         if self.identity.domains.contains_key(&domain.id) {
-            return Err(taken("domain", &domain.id.0));
+            return Err(taken("domain", domain.id.as_str()));
         }
         self.identity.domains.insert(domain.id.clone(), domain.clone());
         Ok(Outcome::Domain(Box::new(domain.clone())))
@@ -161,11 +161,11 @@ impl State {
         self.domain(&new.domain_id)?;
         self.check_project_name(&new.domain_id, &new.name, None)?;
         if self.identity.projects.contains_key(&new.id) {
-            return Err(taken("project", &new.id.0));
+            return Err(taken("project", new.id.as_str()));
         }
-        let parent_id = new.parent_id.clone().unwrap_or_else(|| new.domain_id.0.clone());
-        if parent_id != new.domain_id.0 {
-            self.project(&ProjectId(parent_id.clone()))?;
+        let parent_id = new.parent_id.clone().unwrap_or_else(|| new.domain_id.to_string());
+        if parent_id != new.domain_id.as_str() {
+            self.project(&ProjectId::from(parent_id.clone()))?;
         }
         let project = Project {
             id: new.id.clone(),
@@ -198,7 +198,7 @@ impl State {
 
     fn delete_project(&mut self, id: &ProjectId) -> Result<Outcome, Rejection> {
         self.project(id)?;
-        if self.identity.projects.values().any(|project| project.parent_id == id.0) {
+        if self.identity.projects.values().any(|project| project.parent_id == id.as_str()) {
             let message = "Cannot delete a project that has projects below it.";
             return Err(Rejection::new(RejectionKind::Forbidden, "project", id, message));
         }
@@ -222,7 +222,7 @@ impl State {
         self.domain(&new.domain_id)?;
         self.check_user_name(&new.domain_id, &new.name, None)?;
         if self.identity.users.contains_key(&new.id) {
-            return Err(taken("user", &new.id.0));
+            return Err(taken("user", new.id.as_str()));
         }
         let user = User {
             id: new.id.clone(),
@@ -255,7 +255,7 @@ impl State {
     }
 
     fn update_user(&mut self, update: &UserUpdate) -> Result<Outcome, Rejection> {
-        let id = UserId(update.id.clone());
+        let id = UserId::from(update.id.clone());
         let domain = self.user(&id)?.domain_id.clone();
         if let Some(name) = &update.name {
             self.check_user_name(&domain, name, Some(&id))?;
@@ -284,8 +284,8 @@ impl State {
         }
         let first = Assignment {
             actor: Actor::User(id.clone()),
-            target: Target::Project(ProjectId(String::new())),
-            role_id: RoleId(String::new()),
+            target: Target::Project(ProjectId::from(String::new())),
+            role_id: RoleId::from(String::new()),
         };
         let of_user = self.identity.assignments.range(first.clone()..);
         let of_user: Vec<Assignment> =
@@ -300,7 +300,7 @@ impl State {
         room(self.identity.roles.len(), ROLES_MAX, "role")?;
         self.check_role_name(&role.name, None)?;
         if self.identity.roles.contains_key(&role.id) {
-            return Err(taken("role", &role.id.0));
+            return Err(taken("role", role.id.as_str()));
         }
         self.identity.roles.insert(role.id.clone(), role.clone());
         Ok(Outcome::Role(Box::new(role.clone())))

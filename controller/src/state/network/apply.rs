@@ -301,7 +301,7 @@ impl State {
     pub(in crate::state) fn init_external_network(&mut self, range: Ipv4Net) {
         let mint = |kind: &str| derived_id(kind, &self.cluster.id);
         let project_id =
-            ProjectId(derived_id("project/admin", &self.cluster.id).simple().to_string());
+            ProjectId::from(derived_id("project/admin", &self.cluster.id).simple().to_string());
         let (network_id, subnet_id) =
             (NetworkId::from(mint("network/public")), SubnetId::from(mint("subnet/public")));
         let cidr = IpNet::V4(range.trunc());

@@ -193,7 +193,7 @@ impl State {
             return Err(Rejection::in_use("port", id, message));
         }
         port.server_id = Some(server.id.clone());
-        port.device_id = server.id.0.clone();
+        port.device_id = server.id.to_string();
         port.device_owner = DEVICE_OWNER.into();
         port.host = host;
         port.status = PortStatus::Build;

@@ -263,7 +263,7 @@ impl State {
         let ids = self.volume.by_server.get(server).into_iter().flatten();
         let volumes = ids.filter_map(|id| self.volume.volumes.get(id));
         volumes.filter_map(move |volume| {
-            let attachment = volume.attachments.iter().find(|a| a.server_id.0 == server.0)?;
+            let attachment = volume.attachments.iter().find(|a| a.server_id == *server)?;
             Some((volume, attachment))
         })
     }

@@ -130,13 +130,16 @@ struct Prepared {
 
 impl raft::Prepare for Prepared {
     fn prepare(&self, bytes: Vec<u8>) -> Vec<u8> {
-        let (Ok(command), Some(raft)) = (Command::decode(&bytes), self.raft.get()) else {
+        let (Ok(mut command), Some(raft)) = (Command::decode(&bytes), self.raft.get()) else {
             return bytes;
         };
         let mut in_flight =
             self.in_flight.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let up = Liveness { up: Default::default() };
-        controller::plan::prepare(&raft.view(), &up, &mut in_flight, command).encode()
+        match controller::plan::prepare(&raft.view(), &up, &mut in_flight, &mut command) {
+            true => command.encode(),
+            false => bytes,
+        }
     }
 }
 
