@@ -14,6 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("storage", &["abi"]),
     ("node", &["abi", "controller", "netstack", "raft", "storage", "vmm"]),
     ("tests", &[]),
+    ("simulator", &[]),
     ("xtask", &["tests"]),
 ];
 

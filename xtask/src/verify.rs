@@ -95,24 +95,25 @@ fn guest() -> Result<()> {
     guest(&["test", "--locked", "--workspace"])
 }
 
-/// Builds every executable first, because the end-to-end tests start `trine` itself.
+/// First the product and all that tests it, built together, so that each crate is compiled once: the
+/// end-to-end tests start `trine` itself. Then what needs the simulated world, which the product is
+/// never built with.
 fn test() -> Result<()> {
-    shell::run(shell::cargo().args(["build", "--locked", "--workspace", "--bins"]))?;
+    let product = ["--workspace", "--exclude", "simulator"];
+    shell::run(shell::cargo().args(["build", "--locked", "--all-targets"]).args(product))?;
+    tests(&["--workspace", "--exclude", "simulator", "--exclude", "raft"])?;
+    tests(&["--package", "raft", "--package", "simulator", "--features", SIMULATED])?;
+    shell::run(shell::cargo().args(["test", "--locked", "--doc"]).args(product))
+}
+
+fn tests(packages: &[&str]) -> Result<()> {
+    let mut cargo = shell::cargo();
     if which("cargo-nextest") {
-        shell::run(shell::cargo().args([
-            "nextest",
-            "run",
-            "--locked",
-            "--workspace",
-            "--features",
-            SIMULATED,
-            "--no-fail-fast",
-        ]))?;
+        cargo.args(["nextest", "run", "--locked", "--no-fail-fast"]);
     } else {
-        let all = ["test", "--locked", "--workspace", "--features", SIMULATED, "--all-targets"];
-        shell::run(shell::cargo().args(all))?;
+        cargo.args(["test", "--locked", "--all-targets"]);
     }
-    shell::run(shell::cargo().args(["test", "--locked", "--workspace", "--doc"]))
+    shell::run(cargo.args(packages))
 }
 
 fn which(program: &str) -> bool {

@@ -69,7 +69,7 @@ fn words(arguments: &Arguments) -> Result<Vec<String>> {
 /// Builds the simulator of a tree, this one or a copy, and puts it aside under a name.
 fn build(root: &Path, name: &str) -> Result<PathBuf> {
     let target = shell::target_directory();
-    let what = ["build", "--locked", "--profile", "sim", "--package", "tests"];
+    let what = ["build", "--locked", "--profile", "sim", "--package", "simulator"];
     let mut build = shell::cargo();
     build.args(what).args(["--example", "sim"]).current_dir(root).env("CARGO_TARGET_DIR", &target);
     shell::run(&mut build).with_context(|| format!("in {}", root.display()))?;
