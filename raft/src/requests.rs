@@ -64,7 +64,7 @@ impl<S: StateMachine> Requests for Core<S> {
                 Kind::LastLog => Ok(self.handle_last_log().await),
                 Kind::Call => Ok(self.calls.call(peer, body).await),
                 Kind::Clock => Ok(self.handle_clock()),
-                Kind::Hello | Kind::Append | Kind::Reply | Kind::Refused => {
+                Kind::Hello | Kind::Append | Kind::Ping | Kind::Reply | Kind::Refused => {
                     Err(format!("{kind:?} is not a request"))
                 }
             }

@@ -373,6 +373,42 @@ fn a_node_that_was_away_for_longer_than_the_log_gets_a_snapshot() {
 }
 
 #[test]
+fn a_snapshot_whose_answer_is_lost_is_soon_sent_again() {
+    run(5, |world| async move {
+        let shorten = |config: &mut Config| {
+            config.snapshot_every = 20;
+            config.keep_entries = 5;
+        };
+        let cluster = Cluster::start(&world, shorten).await;
+        cluster.kill(3, Loss::All);
+        for number in 0..60 {
+            let command = format!("key-{number}=x");
+            while cluster.put(1, number, &command).await.is_none() {}
+        }
+        world.keep_trace();
+        cluster.launch(3).await;
+        while !world.take_trace().iter().any(|line| line.contains("snapshot chunk")) {
+            world.sleep(Duration::from_micros(10)).await;
+        }
+        // Nobody closes a connection: the leader would wait for minutes.
+        for other in [1, 2] {
+            world.set_link(3, other, Link { cut: true, ..Link::default() });
+        }
+        world.sleep(Duration::from_secs(5)).await;
+        world.heal_links();
+        cluster.put(1, 60, "last=x").await.expect("a quorum takes it");
+        let healed = world.now();
+        cluster
+            .eventually("the whole state on node 3", || {
+                cluster.node(3).filter(|node| node.view().values.len() == 61)
+            })
+            .await;
+        let took = world.now() - healed;
+        assert!(took < Duration::from_secs(15), "{took:?}");
+    });
+}
+
+#[test]
 fn a_follower_learns_of_a_commit_without_waiting_for_a_heartbeat() {
     let heartbeat = Duration::from_secs(5);
     run(4, |world| async move {

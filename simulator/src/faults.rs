@@ -77,8 +77,11 @@ fn draw(world: &World) -> Fault {
 /// Lets things go wrong until `until`, each for a while.
 pub(crate) async fn strike(cluster: Cluster, until: std::time::Duration) {
     let world = cluster.world();
-    while runtime::now() < until {
+    loop {
         world.pause_ms(200, 4_000).await;
+        if runtime::now() >= until {
+            return;
+        }
         let fault = draw(world);
         let host = HostId(world.between(1, cluster.hosts()));
         world.note(format_args!("fault {fault:?} on host {host}"));

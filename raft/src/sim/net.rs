@@ -222,7 +222,8 @@ impl Way {
         let mut what = [self.from.to_le_bytes(), self.to.to_le_bytes()].concat();
         what.push(frame.kind as u8);
         what.extend_from_slice(&crc32c::crc32c(&frame.body).to_le_bytes());
-        self.world.note("frame", &what);
+        let name = if frame.kind == Kind::SnapshotChunk { "snapshot chunk" } else { "frame" };
+        self.world.note(name, &what);
         let _ = self.deliver.send(frame);
     }
 }

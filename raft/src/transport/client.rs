@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::{Either, select};
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot};
 
 use super::{
@@ -22,7 +23,7 @@ use super::{
 use crate::{
     CALL_BYTES_MAX, NodeId, Tls,
     codec::{DecodeError, Decoder, Encoder},
-    runtime::{Instant, Tasks, now, timeout},
+    runtime::{Instant, Tasks, now, sleep, timeout},
     types::Incarnation,
 };
 
@@ -30,6 +31,10 @@ use crate::{
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 /// … up to here.
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// While an answer is awaited, the peer is asked this often whether it is still there …
+const PING_EVERY: Duration = Duration::from_secs(2);
+/// … and is believed gone when it says nothing for so long.
+const PING_TIMEOUT: Duration = Duration::from_secs(8);
 /// Requests that wait for an answer on one connection.
 const IN_FLIGHT_MAX: usize = 1_024;
 
@@ -149,14 +154,24 @@ impl Link {
         }
     }
 
-    /// One request and its answer.
+    /// One request and its answer. A peer that is gone without having closed the connection (it lost
+    /// its power, or the way to it), or that knows nothing of the request, is noticed long before a
+    /// deadline of minutes.
     pub(crate) async fn request(
         &self,
         kind: Kind,
         body: Vec<u8>,
         deadline: Duration,
     ) -> Result<Vec<u8>, TransportError> {
-        let exchange = async { self.connection().await?.send(kind, body).await?.answer().await };
+        let exchange = async {
+            let connection = self.connection().await?;
+            let answer = connection.send(kind, body).await?;
+            let forgotten = std::pin::pin!(connection.forgets(answer.request));
+            match select(std::pin::pin!(answer.answer()), forgotten).await {
+                Either::Left((answer, _)) => answer,
+                Either::Right((error, _)) => Err(error),
+            }
+        };
         timeout(deadline, exchange).await.unwrap_or(Err(TransportError::Timeout(deadline)))
     }
 
@@ -265,6 +280,26 @@ impl Connection {
 
     pub(crate) fn is_closed(&self) -> bool {
         lock(&self.waiting).is_none()
+    }
+
+    /// Returns once the peer is no longer at work on a request. Where it doesn't answer at all, the
+    /// connection is closed.
+    async fn forgets(&self, request: u64) -> TransportError {
+        loop {
+            sleep(PING_EVERY).await;
+            let mut body = Encoder::default();
+            body.u64(request);
+            let ping = async { self.send(Kind::Ping, body.0).await?.answer().await };
+            match timeout(PING_TIMEOUT, ping).await {
+                Ok(Ok(answer)) if answer == [1] => {}
+                Ok(Ok(_)) => return TransportError::Closed,
+                Ok(Err(error)) => return error,
+                Err(_) => {
+                    *lock(&self.waiting) = None;
+                    return TransportError::Timeout(PING_TIMEOUT);
+                }
+            }
+        }
     }
 
     /// Sends a request; its answer is awaited apart, so that requests can follow one another.

@@ -51,6 +51,8 @@ pub(crate) enum Kind {
     LastLog = 34,
     /// What a node's wall clock shows, and whether it could lead.
     Clock = 35,
+    /// Are you there, and still at work on a request? Answered by the connection itself.
+    Ping = 36,
     /// The answer to the request of the same id.
     Reply = 128,
     /// The request of the same id was refused; the body is a sentence.
@@ -59,7 +61,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     pub(crate) fn from_byte(byte: u8) -> Option<Self> {
-        const ALL: [Kind; 17] = [
+        const ALL: [Kind; 18] = [
             Kind::Hello,
             Kind::Vote,
             Kind::PreVote,
@@ -75,6 +77,7 @@ impl Kind {
             Kind::Describe,
             Kind::LastLog,
             Kind::Clock,
+            Kind::Ping,
             Kind::Reply,
             Kind::Refused,
         ];

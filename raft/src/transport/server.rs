@@ -1,6 +1,12 @@
 //! The listener: authenticates peers, keeps appends in order, and runs other requests side by side.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use futures::{
     StreamExt,
@@ -203,10 +209,16 @@ impl<R: Requests> Server<R> {
         });
         let permits = Arc::new(Semaphore::new(REQUESTS_MAX));
         let mut appends: Option<AppendStream> = None;
+        let at_work = Arc::new(Mutex::new(BTreeSet::new()));
         while let Some(frame) = source.next().await? {
             if peer.only_calls && frame.kind != Kind::Call {
                 let refused = Err("a process without a raft directory may only call".to_owned());
                 let _ = outgoing.send(answer_frame(frame.request, refused)).await;
+                continue;
+            }
+            if frame.kind == Kind::Ping {
+                let answer = pong(&frame.body, &lock(&at_work));
+                let _ = outgoing.send(answer_frame(frame.request, answer)).await;
                 continue;
             }
             if frame.kind == Kind::Append {
@@ -215,9 +227,13 @@ impl<R: Requests> Server<R> {
             }
             let permit = permits.clone().acquire_owned().await.map_err(io::Error::other)?;
             let (requests, outgoing) = (self.requests.clone(), outgoing.clone());
+            let at_work = at_work.clone();
+            lock(&at_work).insert(frame.request);
             tasks.spawn(async move {
                 let answer = requests.handle(peer.id, frame.kind, frame.body).await;
                 let _ = outgoing.send(answer_frame(frame.request, answer)).await;
+                // After the answer: who asks now gets it first.
+                lock(&at_work).remove(&frame.request);
                 drop(permit);
             });
         }
@@ -291,6 +307,16 @@ impl<R: Requests> Server<R> {
 struct AppendStream {
     number: u64,
     sender: mpsc::Sender<(u64, AppendRequest)>,
+}
+
+/// Whether a request is being worked on.
+fn pong(body: &[u8], at_work: &BTreeSet<u64>) -> Result<Vec<u8>, String> {
+    let request = Decoder(body).u64().map_err(|error| error.to_string())?;
+    Ok(vec![u8::from(at_work.contains(&request))])
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn answer_frame(request: u64, answer: Result<Vec<u8>, String>) -> Frame {
