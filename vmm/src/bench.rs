@@ -93,6 +93,8 @@ pub fn launch(
         console: None,
         disks: Vec::new(),
         nets: Vec::new(),
+        rng: None,
+        balloon: None,
         control: None,
         exit_record: Some(Resource::Descriptor(1)),
         lease: None,

@@ -58,6 +58,8 @@ impl Launch {
             console: None,
             disks: vec![],
             nets: vec![],
+            rng: None,
+            balloon: None,
             control: Some(Resource::Descriptor(1)),
             exit_record: Some(Resource::Descriptor(2)),
             lease: None,

@@ -200,6 +200,8 @@ impl Agent {
             }),
             disks: disk_configs(&mut resources, disks.root, disks.config_drive),
             nets: net_configs(&mut resources, &view.ports, &rings)?,
+            rng: None,
+            balloon: None,
             control: Some(resources.add(prepared.control.into())),
             exit_record: Some(resources.add(prepared.exit.into())),
             lease: Some(resources.add(self.context().lease.reader()?)),

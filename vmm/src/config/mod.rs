@@ -2,6 +2,8 @@
 
 mod validate;
 
+pub use validate::balloon_target_problem;
+
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -46,6 +48,12 @@ pub struct VmConfig {
     /// Network devices in slot order, after the disks.
     #[serde(default)]
     pub nets: Vec<NetConfig>,
+    /// Random numbers from the host; absent: no such device.
+    #[serde(default)]
+    pub rng: Option<RngConfig>,
+    /// A balloon, by which the guest gives memory back; absent: no such device.
+    #[serde(default)]
+    pub balloon: Option<BalloonConfig>,
     /// Control socket: a listening Unix stream socket (or the path to bind one at).
     #[serde(default)]
     pub control: Option<Resource>,
@@ -176,6 +184,38 @@ pub enum NetBackend {
     Ring([usize; 3]),
     /// A TAP interface by name (standalone only), or its descriptor.
     Tap(Resource),
+}
+
+/// A virtio-rng device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngConfig {
+    /// Most bytes it gives a second, at least 1.
+    #[serde(default = "rng_rate")]
+    pub bytes_per_second: u64,
+}
+
+fn rng_rate() -> u64 {
+    1 << 20
+}
+
+/// A virtio-balloon device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// Memory the guest is asked to give back from the start, MiB.
+    #[serde(default)]
+    pub target_mib: u32,
+    /// The guest may take it back when it has no other memory.
+    #[serde(default = "yes")]
+    pub deflate_on_oom: bool,
+    /// The guest reports memory that happens to be free, and the host takes it.
+    #[serde(default = "yes")]
+    pub free_page_reporting: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// How tightly the process is closed.

@@ -1,7 +1,8 @@
 //! The rules a configuration keeps, checked once; each broken rule is one line that names the
 //! key, the value and what would be right.
 
-use super::{DiskConfig, HugePages, NetConfig, Resource, VmConfig};
+use super::{BalloonConfig, DiskConfig, HugePages, NetConfig, Resource, VmConfig};
+use crate::devices::{balloon, rng};
 use crate::machine::VCPUS_MAX;
 use crate::machine::boot::CMDLINE_BYTES_MAX;
 use crate::machine::memory::{HUGE_PAGE_MIB, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
@@ -97,10 +98,10 @@ impl VmConfig {
                 ),
             );
         }
-        let devices = self.disks.len() + self.nets.len();
+        let devices = self.device_ids().count();
         rule(
             devices <= DEVICES_MAX,
-            format!("disks and nets: {devices}; at most {DEVICES_MAX} together"),
+            format!("disks, nets and other devices: {devices}; at most {DEVICES_MAX} together"),
         );
         problems.extend(self.device_problems());
         problems
@@ -109,16 +110,36 @@ impl VmConfig {
     fn device_problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut ids = BTreeSet::new();
-        let names =
-            self.disks.iter().map(|disk| &disk.id).chain(self.nets.iter().map(|net| &net.id));
-        for id in names {
+        for id in self.device_ids() {
             if !ids.insert(id) {
                 problems.push(format!("device id {id:?} is used twice"));
             }
         }
         problems.extend(self.disks.iter().filter_map(DiskConfig::problem));
         problems.extend(self.nets.iter().filter_map(NetConfig::problem));
+        if self.rng.as_ref().is_some_and(|rng| rng.bytes_per_second == 0) {
+            problems.push("rng.bytes_per_second: 0; it gives at least 1".into());
+        }
+        problems.extend(self.balloon.as_ref().and_then(|balloon| self.balloon_problem(balloon)));
         problems
+    }
+
+    fn device_ids(&self) -> impl Iterator<Item = &str> {
+        let disks = self.disks.iter().map(|disk| disk.id.as_str());
+        let nets = self.nets.iter().map(|net| net.id.as_str());
+        let others =
+            [self.rng.as_ref().map(|_| rng::ID), self.balloon.as_ref().map(|_| balloon::ID)];
+        disks.chain(nets).chain(others.into_iter().flatten())
+    }
+
+    fn balloon_problem(&self, balloon: &BalloonConfig) -> Option<String> {
+        if self.huge_pages == HugePages::Reserved {
+            return Some(
+                "balloon: reserved huge pages can't be given back; leave one of the two out".into(),
+            );
+        }
+        balloon_target_problem(balloon.target_mib, self.memory_mib)
+            .map(|problem| format!("balloon.target_mib: {problem}"))
     }
 
     fn missing_files(&self) -> Vec<String> {
@@ -147,6 +168,12 @@ impl VmConfig {
         }
         problems
     }
+}
+
+/// The rule that a balloon's target breaks, if any.
+pub fn balloon_target_problem(target_mib: u32, memory_mib: u32) -> Option<String> {
+    (target_mib > memory_mib)
+        .then(|| format!("{target_mib}; at most the guest's memory, {memory_mib}"))
 }
 
 fn id_problem(id: &str) -> Option<String> {
@@ -244,6 +271,14 @@ mod tests {
             (
                 r#"{"disks": [{"id": "d", "source": {"raw": {"path": "x"}}}, {"id": "d", "source": {"raw": {"path": "y"}}}]}"#,
                 "used twice",
+            ),
+            (r#"{"rng": {"bytes_per_second": 0}}"#, "rng.bytes_per_second"),
+            (r#"{"rng": {"bytes": 1}}"#, "bytes"),
+            (r#"{"balloon": {"target_mib": 65}}"#, "balloon.target_mib: 65; at most"),
+            (r#"{"balloon": {}, "huge_pages": "reserved"}"#, "balloon: reserved huge pages"),
+            (
+                r#"{"balloon": {}, "nets": [{"id": "balloon", "mac": "fa:16:3e:00:00:01", "backend": {"ring": [0, 1, 2]}}]}"#,
+                "\"balloon\" is used twice",
             ),
         ] {
             let problems = config(change);

@@ -1,6 +1,6 @@
 //! The asking side of a control socket: blocking, one request at a time.
 
-use super::{CONTROL_VERSION, Envelope, Reply, Request, Status};
+use super::{BalloonStatus, CONTROL_VERSION, Envelope, Reply, Request, Status};
 use crate::config::{DiskConfig, NetConfig};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -117,6 +117,19 @@ impl Client {
         <[OwnedFd; 3]>::try_from(descriptors).map_err(|all| {
             ControlError::Protocol(format!("{} descriptors came with a packet ring", all.len()))
         })
+    }
+
+    /// Asks the guest to give memory back; see [`Request::SetBalloon`].
+    pub fn set_balloon(&self, target_mib: u32) -> Result<(), ControlError> {
+        self.done(Request::SetBalloon { target_mib }, &[])
+    }
+
+    /// How the balloon is.
+    pub fn balloon(&self) -> Result<BalloonStatus, ControlError> {
+        match self.request(Request::Balloon, &[])? {
+            (Reply::Balloon(status), _) => Ok(status),
+            (other, _) => Err(ControlError::Protocol(format!("unexpected reply {other:?}"))),
+        }
     }
 
     /// Stops the vCPUs.

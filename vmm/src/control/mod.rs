@@ -6,6 +6,7 @@ pub mod server;
 pub use client::{Client, ControlError};
 
 use crate::config::{DiskConfig, NetConfig, VmConfig};
+use crate::devices::balloon::statistics::Statistics;
 use serde::{Deserialize, Serialize};
 
 /// Version of these requests, sent with each.
@@ -54,6 +55,14 @@ pub enum Request {
         /// The device's id.
         id: String,
     },
+    /// Asks the guest to give `target_mib` of its memory to the host in all; with less than before
+    /// it takes memory back. [`Reply::Done`] when it was told; [`Request::Balloon`] shows what it does.
+    SetBalloon {
+        /// At most the guest's memory.
+        target_mib: u32,
+    },
+    /// How the balloon is: [`Reply::Balloon`].
+    Balloon,
     /// Stops the vCPUs.
     Pause,
     /// Lets them run.
@@ -70,6 +79,8 @@ pub enum Reply {
     Done,
     /// Answer to [`Request::Status`].
     Status(Status),
+    /// Answer to [`Request::Balloon`].
+    Balloon(BalloonStatus),
     /// It was not done, and nothing changed.
     Error {
         /// `invalid`, `not_found`, `exists`, `guest_refused`, `io`.
@@ -77,6 +88,21 @@ pub enum Reply {
         /// What, which value, which rule.
         message: String,
     },
+}
+
+/// How a balloon is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonStatus {
+    /// What the guest was asked to give to the host, MiB.
+    pub target_mib: u32,
+    /// What it says it has given, MiB.
+    pub size_mib: u32,
+    /// Bytes of pages that went back to the host since the start, reported free pages included.
+    pub given_back_bytes: u64,
+    /// What the guest named and does not have: pages outside of its memory, malformed requests.
+    pub refusals: u64,
+    /// What the guest says of its memory; absent where it does not answer.
+    pub statistics: Option<Statistics>,
 }
 
 /// State of a guest's process.

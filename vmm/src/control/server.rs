@@ -1,7 +1,7 @@
 //! The answering side: one thread accepts, one thread serves each connection.
 
-use super::{CONTROL_VERSION, Envelope, Reply, Request, RunState, Status};
-use crate::config::{DiskConfig, NetConfig, Resource};
+use super::{BalloonStatus, CONTROL_VERSION, Envelope, Reply, Request, RunState, Status};
+use crate::config::{DiskConfig, NetConfig, Resource, balloon_target_problem};
 use crate::devices::{Device, DeviceKind, blk, net};
 use crate::pci::PlugError;
 use crate::process::ending::Cause;
@@ -17,6 +17,8 @@ use std::time::Duration;
 const CONNECTIONS_MAX: usize = 16;
 /// How long a removal waits for the guest.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a guest has to say how its memory is.
+const STATISTICS_TIMEOUT: Duration = Duration::from_secs(2);
 const STACK_BYTES: usize = 256 << 10;
 
 /// Serves `listener` on threads of its own.
@@ -125,6 +127,13 @@ fn answer(guest: &Guest, request: Request, descriptors: Vec<OwnedFd>) -> Answer 
             Ok(ring) => return Answer { reply: Reply::Done, descriptors: ring.into() },
             Err(error) => Err(error.into()),
         },
+        Request::SetBalloon { target_mib } => set_balloon(guest, target_mib),
+        Request::Balloon => match balloon(guest) {
+            Ok(status) => {
+                return Answer { reply: Reply::Balloon(status), descriptors: Vec::new() };
+            }
+            Err(refusal) => Err(refusal),
+        },
         Request::Pause if guest.gate.pause() => Ok(()),
         Request::Pause => {
             guest.gate.resume();
@@ -174,6 +183,25 @@ fn add_net(guest: &Guest, network: &NetConfig, descriptors: Vec<OwnedFd>) -> Res
         return Err(Refusal("invalid", problem));
     }
     add(guest, net::open(network, &mut Supply::descriptors(descriptors))?)
+}
+
+fn set_balloon(guest: &Guest, target_mib: u32) -> Result<(), Refusal> {
+    match balloon_target_problem(target_mib, guest.memory_mib) {
+        Some(problem) => Err(Refusal("invalid", format!("target_mib: {problem}"))),
+        None => Ok(guest.bus.set_balloon(target_mib)?),
+    }
+}
+
+fn balloon(guest: &Guest) -> Result<BalloonStatus, Refusal> {
+    let link = guest.bus.balloon()?;
+    let statistics = link.statistics(STATISTICS_TIMEOUT);
+    Ok(BalloonStatus {
+        target_mib: link.target_mib(),
+        size_mib: link.size_mib(),
+        given_back_bytes: link.given_back_bytes(),
+        refusals: link.refusals(),
+        statistics,
+    })
 }
 
 fn add(guest: &Guest, device: Device) -> Result<(), Refusal> {

@@ -3,19 +3,25 @@
 //! A [`Device`] is its description for the bus and a [`Backend`] that does the work. While the
 //! driver is ready, one thread owns the backend and all of the device's queues.
 
+pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;
+pub mod fields;
 pub mod net;
+pub mod rng;
 pub mod serial;
 
 use crate::machine::memory::Ram;
 use crate::pci::msix::{Msix, NO_VECTOR};
 use abi::packet_ring::Region;
-use rustix::event::{PollFd, PollFlags, poll};
+use chain::Buffers;
+use fields::Fields;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -26,6 +32,12 @@ pub enum DeviceKind {
     Disk,
     /// virtio-net.
     Net,
+    /// virtio-rng.
+    Rng,
+    /// virtio-balloon.
+    Balloon,
+    /// virtio-vsock.
+    Vsock,
 }
 
 impl std::fmt::Display for DeviceKind {
@@ -33,6 +45,9 @@ impl std::fmt::Display for DeviceKind {
         f.write_str(match self {
             DeviceKind::Disk => "disk",
             DeviceKind::Net => "network device",
+            DeviceKind::Rng => "random number device",
+            DeviceKind::Balloon => "balloon",
+            DeviceKind::Vsock => "vsock device",
         })
     }
 }
@@ -49,12 +64,16 @@ pub struct Device {
     pub features: u64,
     /// Largest size of each queue.
     pub queue_sizes: Vec<u16>,
+    /// How many of them, from the first on, a driver must set up; it may leave out the others.
+    pub queues_needed: usize,
     /// Device configuration.
-    pub config: Vec<u8>,
+    pub config: Fields,
     /// A network device's packet ring.
     pub ring: Option<Arc<Region>>,
     /// A remote disk's connection.
     pub link: Option<Arc<blk::link::DiskLink>>,
+    /// The host's end of a balloon.
+    pub balloon: Option<Arc<balloon::link::BalloonLink>>,
     /// What does the work.
     pub backend: Box<dyn Backend>,
 }
@@ -119,19 +138,61 @@ impl Work {
 
     /// Sleeps until the guest rings, `stop` is written, or `more` has something; `false`: stop.
     pub fn wait(&self, more: Option<BorrowedFd<'_>>) -> Result<bool, DeviceError> {
+        let more: Vec<_> = more.into_iter().map(|fd| (fd, PollFlags::IN)).collect();
+        Ok(self.wait_any(&more, None)?.is_some())
+    }
+
+    /// Sleeps until the guest rings, `stop` is written, one of `more` has what is asked of it, or
+    /// `patience` is over. `None`: stop; otherwise what each of `more` has.
+    pub fn wait_any(
+        &self,
+        more: &[(BorrowedFd<'_>, PollFlags)],
+        patience: Option<Duration>,
+    ) -> Result<Option<Vec<PollFlags>>, DeviceError> {
         let (stop, doorbell) = (borrow(&self.stop), borrow(&self.doorbell));
         let mut set =
             vec![PollFd::new(&stop, PollFlags::IN), PollFd::new(&doorbell, PollFlags::IN)];
-        set.extend(more.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
-        match poll(&mut set, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        set.extend(more.iter().map(|(fd, wanted)| PollFd::from_borrowed_fd(*fd, *wanted)));
+        // Rounded up, so that what is waited for has come then.
+        let timeout =
+            patience.map(|patience| patience + Duration::from_micros(1)).map(|patience| Timespec {
+                tv_sec: patience.as_secs() as i64,
+                tv_nsec: patience.subsec_nanos().into(),
+            });
+        match poll(&mut set, timeout.as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(Some(vec![PollFlags::empty(); more.len()])),
             Err(error) => return Err(std::io::Error::from(error).into()),
         }
-        let (stopped, rung) = (!set[0].revents().is_empty(), !set[1].revents().is_empty());
-        if rung {
+        if !set[1].revents().is_empty() {
             let _ = self.doorbell.read();
         }
-        Ok(!stopped)
+        let has = set[2..].iter().map(PollFd::revents).collect();
+        Ok(set[0].revents().is_empty().then_some(has))
+    }
+
+    /// Takes every chain of `queue`; `each` says how many bytes it wrote (a chain that is malformed
+    /// is `None`). Returns the number of chains.
+    pub fn drain(
+        &mut self,
+        queue: usize,
+        mut each: impl FnMut(Option<Buffers>) -> u32,
+    ) -> Result<usize, DeviceError> {
+        let ram = self.ram.clone();
+        let mut taken = 0;
+        while let Some(chain) = self.queues[queue].pop_descriptor_chain(&ram) {
+            let head = chain.head_index();
+            let written = each(Buffers::collect(chain, &ram));
+            self.queues[queue].add_used(&ram, head, written)?;
+            taken += 1;
+            if self.stopping() {
+                break;
+            }
+        }
+        if taken > 0 {
+            self.interrupt(queue)?;
+        }
+        Ok(taken)
     }
 
     /// Whether the thread shall end.

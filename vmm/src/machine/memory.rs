@@ -22,6 +22,9 @@ pub const MEMORY_MIB_MAX: u32 = 16 << 20;
 /// A huge page, MiB.
 pub const HUGE_PAGE_MIB: u32 = 2;
 
+/// A page of the host, bytes: what can be given back.
+pub const PAGE_BYTES: u64 = 4096;
+
 /// Where RAM goes on above the hole.
 pub const HIGH_RAM_START: u64 = 1 << 32;
 
@@ -112,6 +115,21 @@ pub fn register(vm: &VmFd, ram: &Ram) -> Result<(), MachineError> {
     Ok(())
 }
 
+/// Gives whole pages back to the host; whoever touches them next finds zeroes. `false`: the range is
+/// not wholly RAM, or not in pages, and nothing changed.
+pub fn give_back(ram: &Ram, start: u64, bytes: u64) -> bool {
+    if bytes == 0 || !start.is_multiple_of(PAGE_BYTES) || !bytes.is_multiple_of(PAGE_BYTES) {
+        return false;
+    }
+    let Ok(slice) = ram.get_slice(GuestAddress(start), bytes as usize) else { return false };
+    // SAFETY: the range is a part of the guest's memory, which stays mapped as long as `ram`, and
+    // is private and anonymous; nothing in this process holds references into guest memory.
+    let given = unsafe {
+        libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_DONTNEED)
+    };
+    given == 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,6 +142,27 @@ mod tests {
         let ram = map(3 * 1024 + 16).unwrap();
         assert!(ram.address_in_range(GuestAddress(HIGH_RAM_START + (16 << 20) - 1)));
         assert!(!ram.address_in_range(GuestAddress(PCI_HOLE_START)));
+    }
+
+    #[test]
+    fn only_whole_pages_of_ram_are_given_back() {
+        let ram = map(3 * 1024 + 16).unwrap();
+        let last = PCI_HOLE_START - PAGE_BYTES;
+        for address in [0, 4096, last, HIGH_RAM_START] {
+            vm_memory::Bytes::write_obj(&ram, 7u64, GuestAddress(address)).unwrap();
+        }
+        for (start, bytes) in
+            [(0, 0), (8, 4096), (0, 4095), (last, 2 * PAGE_BYTES), (PCI_HOLE_START, 4096)]
+        {
+            assert!(!give_back(&ram, start, bytes), "{start:#x} {bytes}");
+        }
+        assert!(!give_back(&ram, HIGH_RAM_START + (16 << 20), 4096));
+        assert!(!give_back(&ram, u64::MAX - 4095, 4096));
+        let value = |address| vm_memory::Bytes::read_obj::<u64>(&ram, GuestAddress(address));
+        assert_eq!(value(last).unwrap(), 7);
+        assert!(give_back(&ram, 4096, 4096) && give_back(&ram, last, PAGE_BYTES));
+        assert!(give_back(&ram, HIGH_RAM_START, PAGE_BYTES));
+        assert_eq!([0, 4096, last, HIGH_RAM_START].map(|at| value(at).unwrap()), [7, 0, 0, 0]);
     }
 
     #[test]

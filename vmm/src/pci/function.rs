@@ -9,7 +9,9 @@
 use super::config_space::{self, BAR_BYTES, ConfigSpace, WINDOW_BYTES};
 use super::msix::Msix;
 use super::registers::{Change, Registers};
+use crate::devices::balloon::link::BalloonLink;
 use crate::devices::blk::link::DiskLink;
+use crate::devices::fields::Fields;
 use crate::devices::{Backend, Device, DeviceKind, QueueInterrupt, Work};
 use crate::machine::Interrupts;
 use crate::machine::memory::Ram;
@@ -29,15 +31,18 @@ const STACK_BYTES: usize = 256 << 10;
 pub struct Function {
     /// The device's id.
     pub id: String,
-    /// Disk or network device.
+    /// Which kind of device.
     pub kind: DeviceKind,
     /// The packet ring of a network device that has one.
     pub ring: Option<Arc<Region>>,
     /// The connection of a remote disk.
     pub link: Option<Arc<DiskLink>>,
+    /// The host's end of a balloon.
+    pub balloon: Option<Arc<BalloonLink>>,
     config: ConfigSpace,
     registers: Registers,
-    device_config: Vec<u8>,
+    device_config: Fields,
+    queues_needed: usize,
     virtio_type: u16,
     vectors: u16,
     msix: Arc<Msix>,
@@ -101,9 +106,11 @@ impl Function {
             kind: device.kind,
             ring: device.ring,
             link: device.link,
+            balloon: device.balloon,
             config,
             registers: Registers::new(device.features, &device.queue_sizes),
             device_config: device.config,
+            queues_needed: device.queues_needed,
             virtio_type: device.virtio_type,
             vectors,
             msix: Arc::new(msix),
@@ -164,7 +171,8 @@ impl Function {
         let at = (offset % WINDOW_BYTES) as usize;
         match offset - offset % WINDOW_BYTES {
             config_space::COMMON => {
-                self.registers.read(at, data, self.failed.load(Ordering::Acquire))
+                let failed = self.failed.load(Ordering::Acquire);
+                self.registers.read(at, data, failed, self.device_config.generation())
             }
             config_space::ISR => {
                 data.fill(0);
@@ -172,11 +180,7 @@ impl Function {
                     *byte = self.isr.swap(0, Ordering::AcqRel);
                 }
             }
-            config_space::DEVICE => {
-                for (index, byte) in data.iter_mut().enumerate() {
-                    *byte = self.device_config.get(at + index).copied().unwrap_or(0);
-                }
-            }
+            config_space::DEVICE => self.device_config.read(at, data),
             config_space::MSIX_TABLE => self.msix.read_table(at, data),
             config_space::MSIX_PENDING => self.msix.read_pending(at, data),
             _ => data.fill(0),
@@ -196,9 +200,17 @@ impl Function {
             config_space::NOTIFY => {
                 let _ = self.doorbell.write(1);
             }
+            config_space::DEVICE => self.device_config.write(at, data),
             config_space::MSIX_TABLE => self.msix.write_table(at, data),
             _ => {}
         }
+    }
+
+    /// Tells the driver that the host changed the device's configuration.
+    pub fn announce_config(&self) {
+        const ISR_CONFIG: u8 = 2;
+        self.isr.fetch_or(ISR_CONFIG, Ordering::AcqRel);
+        self.msix.signal(self.registers.config_vector());
     }
 
     fn reset(&mut self) {
@@ -228,14 +240,19 @@ impl Function {
         }
     }
 
-    /// The queues as the driver set them up; `None` where one is missing or outside of memory.
+    /// The queues as the driver set them up, and such as give nothing where it left out one that
+    /// it may; `None` where one is missing or outside of memory.
     fn queues(&self) -> Option<Vec<Queue>> {
         let event_idx = self.registers.accepted() & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         self.registers
             .queues()
             .iter()
-            .map(|setup| {
+            .enumerate()
+            .map(|(index, setup)| {
                 let mut queue = Queue::new(setup.size_max).ok()?;
+                if !setup.enabled && index >= self.queues_needed {
+                    return Some(queue);
+                }
                 let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
                 queue.set_size(setup.size);
                 let (low, high) = halves(setup.descriptors);

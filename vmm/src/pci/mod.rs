@@ -10,8 +10,9 @@ pub mod function;
 pub mod msix;
 pub mod registers;
 
+use crate::devices::balloon::link::BalloonLink;
 use crate::devices::blk::link::DiskLink;
-use crate::devices::{Device, DeviceKind};
+use crate::devices::{Device, DeviceKind, balloon};
 use crate::machine::Interrupts;
 use crate::machine::ioapic::IoApic;
 use crate::machine::memory::Ram;
@@ -200,6 +201,7 @@ impl Bus {
         for (slot, function) in state.slots.iter().enumerate() {
             let Some(function) = function else { continue };
             match function.kind {
+                DeviceKind::Rng | DeviceKind::Balloon | DeviceKind::Vsock => {}
                 DeviceKind::Net => plugged.nets.push(function.id.clone()),
                 DeviceKind::Disk => {
                     plugged.disks.push(function.id.clone());
@@ -224,6 +226,20 @@ impl Bus {
         let disk = disks.find(|function| function.id == id);
         let disk = disk.ok_or_else(|| PlugError::NotFound(id.into(), DeviceKind::Disk))?;
         disk.link.clone().ok_or_else(|| PlugError::NotRemote(id.into()))
+    }
+
+    /// The balloon.
+    pub fn balloon(&self) -> Result<Arc<BalloonLink>, PlugError> {
+        self.lock().balloon().map(|(_, link)| link)
+    }
+
+    /// Asks the guest to give `mib` of its memory to the host in all, or to take back the rest.
+    pub fn set_balloon(&self, mib: u32) -> Result<(), PlugError> {
+        let state = self.lock();
+        let (function, link) = state.balloon()?;
+        link.set_target(mib);
+        function.announce_config();
+        Ok(())
     }
 
     /// The packet ring descriptors of a network device.
@@ -363,6 +379,13 @@ impl State {
         let function = self.slots[slot].as_mut()?;
         let offset = function.decodes(address)?;
         Some((function, offset))
+    }
+
+    fn balloon(&self) -> Result<(&Function, Arc<BalloonLink>), PlugError> {
+        let found = self.slots.iter().flatten().find_map(|function| {
+            function.balloon.as_ref().map(|link| (function, Arc::clone(link)))
+        });
+        found.ok_or_else(|| PlugError::NotFound(balloon::ID.into(), DeviceKind::Balloon))
     }
 
     /// The guest let go of slots; only those it was asked for count.

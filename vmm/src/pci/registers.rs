@@ -104,15 +104,15 @@ impl Registers {
         self.config_vector
     }
 
-    /// Reads; `needs_reset` is shown in `device_status`.
-    pub fn read(&self, offset: usize, data: &mut [u8], needs_reset: bool) {
-        let image = self.image(needs_reset);
+    /// Reads; `needs_reset` is shown in `device_status`, `generation` is the configuration's.
+    pub fn read(&self, offset: usize, data: &mut [u8], needs_reset: bool, generation: u8) {
+        let image = self.image(needs_reset, generation);
         for (index, byte) in data.iter_mut().enumerate() {
             *byte = image.get(offset + index).copied().unwrap_or(0);
         }
     }
 
-    fn image(&self, needs_reset: bool) -> [u8; BYTES] {
+    fn image(&self, needs_reset: bool, generation: u8) -> [u8; BYTES] {
         let mut image = [0; BYTES];
         let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
         let half = |features: u64, select: u32| match select {
@@ -127,6 +127,7 @@ impl Registers {
         put(0x10, &self.config_vector.to_le_bytes());
         put(0x12, &(self.queues.len() as u16).to_le_bytes());
         put(0x14, &[self.status | if needs_reset { STATUS_NEEDS_RESET } else { 0 }]);
+        put(0x15, &[generation]);
         put(0x16, &self.queue_select.to_le_bytes());
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {
             put(0x18, &queue.size.to_le_bytes());
@@ -232,7 +233,7 @@ mod tests {
 
     fn read(registers: &Registers, offset: usize) -> u32 {
         let mut data = [0; 4];
-        registers.read(offset, &mut data, false);
+        registers.read(offset, &mut data, false, 0);
         u32::from_le_bytes(data)
     }
 
@@ -285,7 +286,7 @@ mod tests {
             if registers.write(offset, &random.to_le_bytes()[..len], 2) == Change::Reset {
                 registers.reset();
             }
-            registers.read(offset, &mut [0; 8][..len], true);
+            registers.read(offset, &mut [0; 8][..len], true, 1);
         }
     }
 }

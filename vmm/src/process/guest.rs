@@ -69,6 +69,8 @@ pub struct Guest {
     pub id: String,
     /// Its boot nonce.
     pub nonce: String,
+    /// Its memory, MiB.
+    pub memory_mib: u32,
     /// Its devices.
     pub bus: Bus,
     /// Holds its vCPUs while paused.
@@ -124,6 +126,7 @@ pub fn run(
     let guest = Arc::new(Guest {
         id: config.id.clone(),
         nonce: config.nonce.clone(),
+        memory_mib: config.memory_mib,
         bus,
         gate: Gate::new(machine.vcpus.len()),
         clock,

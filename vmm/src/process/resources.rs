@@ -3,7 +3,7 @@
 
 use crate::config::{Resource, VmConfig};
 use crate::devices::console::{RingFile, Sink};
-use crate::devices::{Device, blk, net};
+use crate::devices::{Device, balloon, blk, net, rng};
 use abi::lease::LeaseView;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -163,7 +163,7 @@ pub struct Resources {
     pub initrd: Option<File>,
     /// Where console output goes.
     pub console: Sink,
-    /// Disks, then network devices: slot order.
+    /// Disks, then network devices, then the others: slot order.
     pub devices: Vec<Device>,
     /// The control socket.
     pub control: Option<UnixListener>,
@@ -225,6 +225,10 @@ impl Resources {
         }
         for network in &config.nets {
             devices.push(net::open(network, supply)?);
+        }
+        devices.extend(config.rng.as_ref().map(rng::open));
+        if let Some(balloon) = &config.balloon {
+            devices.push(balloon::open(balloon)?);
         }
         Ok(Resources { kernel, initrd, console, devices, control, exit_record, lease })
     }

@@ -144,9 +144,11 @@ pub fn open(
         virtio_type: 2,
         features: disk.features(),
         queue_sizes: vec![QUEUE_SIZE],
-        config: disk.config(),
+        queues_needed: 1,
+        config: disk.config().into(),
         ring: None,
         link,
+        balloon: None,
         backend: Box::new(disk),
     })
 }

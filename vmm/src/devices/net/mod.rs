@@ -73,9 +73,11 @@ pub fn open(config: &NetConfig, supply: &mut Supply) -> Result<Device, ResourceE
         virtio_type: 1,
         features,
         queue_sizes: vec![QUEUE_SIZE; 2],
-        config: device_config,
+        queues_needed: 2,
+        config: device_config.into(),
         ring,
         link: None,
+        balloon: None,
         backend: Box::new(Nic::new(link)),
     })
 }
