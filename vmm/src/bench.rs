@@ -95,6 +95,7 @@ pub fn launch(
         nets: Vec::new(),
         rng: None,
         balloon: None,
+        vsock: None,
         control: None,
         exit_record: Some(Resource::Descriptor(1)),
         lease: None,

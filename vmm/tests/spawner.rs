@@ -60,6 +60,7 @@ impl Launch {
             nets: vec![],
             rng: None,
             balloon: None,
+            vsock: None,
             control: Some(Resource::Descriptor(1)),
             exit_record: Some(Resource::Descriptor(2)),
             lease: None,

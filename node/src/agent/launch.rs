@@ -202,6 +202,7 @@ impl Agent {
             nets: net_configs(&mut resources, &view.ports, &rings)?,
             rng: None,
             balloon: None,
+            vsock: None,
             control: Some(resources.add(prepared.control.into())),
             exit_record: Some(resources.add(prepared.exit.into())),
             lease: Some(resources.add(self.context().lease.reader()?)),

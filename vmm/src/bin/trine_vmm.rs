@@ -29,6 +29,12 @@ Linux also takes \"vcpus\" and an initrd:
   \"vcpus\": 2,
   \"boot\": { \"kernel\": { \"path\": \"vmlinuz\" }, \"initrd\": { \"path\": \"initrd.img\" },
             \"cmdline\": \"console=ttyS0 root=/dev/vda\" }
+Also, where wanted:
+  \"rng\": { \"bytes_per_second\": 1048576 }         random numbers from the host
+  \"balloon\": { \"target_mib\": 0 }                 memory the guest gives back; free pages are taken by themselves
+  \"vsock\": { \"cid\": 3, \"socket\": { \"path\": \"/run/demo.vsock\" } }
+                                                   streams: connect to the socket and write \"CONNECT PORT\\n\";
+                                                   the guest's connections to port P go to /run/demo.vsock_P
 Memory in huge pages: \"huge_pages\": \"transparent\", or \"reserved\" (vm.nr_hugepages).
 ";
 

@@ -54,6 +54,9 @@ pub struct VmConfig {
     /// A balloon, by which the guest gives memory back; absent: no such device.
     #[serde(default)]
     pub balloon: Option<BalloonConfig>,
+    /// Streams between programs on the host and in the guest; absent: no such device.
+    #[serde(default)]
+    pub vsock: Option<VsockConfig>,
     /// Control socket: a listening Unix stream socket (or the path to bind one at).
     #[serde(default)]
     pub control: Option<Resource>,
@@ -212,6 +215,22 @@ pub struct BalloonConfig {
     /// The guest reports memory that happens to be free, and the host takes it.
     #[serde(default = "yes")]
     pub free_page_reporting: bool,
+}
+
+/// A virtio-vsock device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, at least 3.
+    pub cid: u32,
+    /// A listening Unix stream socket (or the path to bind one at): programs on the host connect to
+    /// it and write `CONNECT PORT\n`. With a path, the guest's connections to port `P` of the host
+    /// go to the Unix socket `PATH_P`.
+    pub socket: Resource,
+    /// With descriptors: the inside end of [`crate::devices::vsock::connector::pair`], by which the
+    /// guest's connections are asked for. Absent: they are refused.
+    #[serde(default)]
+    pub connector: Option<usize>,
 }
 
 fn yes() -> bool {

@@ -1,8 +1,8 @@
 //! The rules a configuration keeps, checked once; each broken rule is one line that names the
 //! key, the value and what would be right.
 
-use super::{BalloonConfig, DiskConfig, HugePages, NetConfig, Resource, VmConfig};
-use crate::devices::{balloon, rng};
+use super::{BalloonConfig, DiskConfig, HugePages, NetConfig, Resource, VmConfig, VsockConfig};
+use crate::devices::{balloon, rng, vsock};
 use crate::machine::VCPUS_MAX;
 use crate::machine::boot::CMDLINE_BYTES_MAX;
 use crate::machine::memory::{HUGE_PAGE_MIB, MEMORY_MIB_MAX, MEMORY_MIB_MIN};
@@ -16,6 +16,8 @@ const CONFIG_BYTES_MAX: u64 = 1 << 20;
 const NAME_BYTES_MAX: usize = 128;
 /// Most devices: slot 0 is the host bridge.
 pub(crate) const DEVICES_MAX: usize = PCI_SLOTS - 1;
+/// Smallest context id of a guest: those below have meanings of their own.
+const CID_MIN: u32 = 3;
 /// Largest console ring file.
 pub(crate) const CONSOLE_BYTES_MAX: u64 = 1 << 30;
 
@@ -120,6 +122,7 @@ impl VmConfig {
         if self.rng.as_ref().is_some_and(|rng| rng.bytes_per_second == 0) {
             problems.push("rng.bytes_per_second: 0; it gives at least 1".into());
         }
+        problems.extend(self.vsock.as_ref().and_then(VmConfig::vsock_problem));
         problems.extend(self.balloon.as_ref().and_then(|balloon| self.balloon_problem(balloon)));
         problems
     }
@@ -127,9 +130,22 @@ impl VmConfig {
     fn device_ids(&self) -> impl Iterator<Item = &str> {
         let disks = self.disks.iter().map(|disk| disk.id.as_str());
         let nets = self.nets.iter().map(|net| net.id.as_str());
-        let others =
-            [self.rng.as_ref().map(|_| rng::ID), self.balloon.as_ref().map(|_| balloon::ID)];
+        let others = [
+            self.rng.as_ref().map(|_| rng::ID),
+            self.balloon.as_ref().map(|_| balloon::ID),
+            self.vsock.as_ref().map(|_| vsock::ID),
+        ];
         disks.chain(nets).chain(others.into_iter().flatten())
+    }
+
+    fn vsock_problem(vsock: &VsockConfig) -> Option<String> {
+        let by_path = matches!(vsock.socket, Resource::Path(_));
+        if vsock.cid < CID_MIN || vsock.cid == u32::MAX {
+            return Some(format!("vsock.cid: {}; from {CID_MIN} to {}", vsock.cid, u32::MAX - 1));
+        }
+        (by_path && vsock.connector.is_some()).then(|| {
+            "vsock.connector: it goes with a descriptor; a path is connected by itself".into()
+        })
     }
 
     fn balloon_problem(&self, balloon: &BalloonConfig) -> Option<String> {
@@ -158,13 +174,19 @@ impl VmConfig {
                     _ => None,
                 })
                 .collect();
-        if let Some(Resource::Path(path)) = &self.control
-            && path.symlink_metadata().is_ok()
-        {
-            problems.push(format!(
-                "control: {} exists; another guest may be using it, remove it if none is",
-                path.display()
-            ));
+        let sockets = [
+            ("control", self.control.as_ref()),
+            ("vsock.socket", self.vsock.as_ref().map(|vsock| &vsock.socket)),
+        ];
+        for (key, socket) in sockets {
+            if let Some(Resource::Path(path)) = socket
+                && path.symlink_metadata().is_ok()
+            {
+                problems.push(format!(
+                    "{key}: {} exists; another guest may be using it, remove it if none is",
+                    path.display()
+                ));
+            }
         }
         problems
     }
@@ -275,6 +297,11 @@ mod tests {
             (r#"{"rng": {"bytes_per_second": 0}}"#, "rng.bytes_per_second"),
             (r#"{"rng": {"bytes": 1}}"#, "bytes"),
             (r#"{"balloon": {"target_mib": 65}}"#, "balloon.target_mib: 65; at most"),
+            (r#"{"vsock": {"cid": 2, "socket": {"path": "v"}}}"#, "vsock.cid: 2; from 3"),
+            (
+                r#"{"vsock": {"cid": 3, "socket": {"path": "v"}, "connector": 1}}"#,
+                "vsock.connector: it goes with a descriptor",
+            ),
             (r#"{"balloon": {}, "huge_pages": "reserved"}"#, "balloon: reserved huge pages"),
             (
                 r#"{"balloon": {}, "nets": [{"id": "balloon", "mac": "fa:16:3e:00:00:01", "backend": {"ring": [0, 1, 2]}}]}"#,

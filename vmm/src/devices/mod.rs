@@ -11,6 +11,7 @@ pub mod fields;
 pub mod net;
 pub mod rng;
 pub mod serial;
+pub mod vsock;
 
 use crate::machine::memory::Ram;
 use crate::pci::msix::{Msix, NO_VECTOR};

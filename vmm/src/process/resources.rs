@@ -3,7 +3,8 @@
 
 use crate::config::{Resource, VmConfig};
 use crate::devices::console::{RingFile, Sink};
-use crate::devices::{Device, balloon, blk, net, rng};
+use crate::devices::vsock::connector::Outside;
+use crate::devices::{Device, balloon, blk, net, rng, vsock};
 use abi::lease::LeaseView;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -171,6 +172,8 @@ pub struct Resources {
     pub exit_record: Option<File>,
     /// The host's lease on changing disks.
     pub lease: Option<Arc<LeaseView>>,
+    /// What connects for the guest's vsock, outside of the sandbox.
+    pub outside: Option<Outside>,
 }
 
 impl Resources {
@@ -230,6 +233,12 @@ impl Resources {
         if let Some(balloon) = &config.balloon {
             devices.push(balloon::open(balloon)?);
         }
-        Ok(Resources { kernel, initrd, console, devices, control, exit_record, lease })
+        let mut outside = None;
+        if let Some(vsock) = &config.vsock {
+            let (device, connects) = vsock::open(vsock, supply)?;
+            devices.push(device);
+            outside = connects;
+        }
+        Ok(Resources { kernel, initrd, console, devices, control, exit_record, lease, outside })
     }
 }

@@ -44,6 +44,7 @@ const CALLS: &[libc::c_long] = &[
     libc::SYS_sendmsg,
     libc::SYS_recvfrom,
     libc::SYS_sendto,
+    libc::SYS_shutdown,
     libc::SYS_eventfd2,
     libc::SYS_clone,
     libc::SYS_clone3,

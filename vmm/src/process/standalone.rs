@@ -1,7 +1,7 @@
 //! `trine-vmm run --config FILE`: one guest, every resource by path.
 //!
-//! The guest runs in a child that closes itself in; this process waits, and takes away what a
-//! closed process can't: the control socket's path.
+//! The guest runs in a child that closes itself in; this process waits, connects what the guest's
+//! vsock asks for, and takes away what a closed process can't: the paths of its sockets.
 
 use super::ending::{self, EXIT_CODE_FAILED};
 use super::guest::{self, Report, StartError};
@@ -35,9 +35,12 @@ pub fn run(path: &Path) -> Result<u8, Vec<String>> {
         }
         Err(error) => Err(one(error.to_string())),
     };
-    // The path did not exist before (the configuration was checked), so it is ours.
-    if let Some(Resource::Path(path)) = &config.control {
-        let _ = std::fs::remove_file(path);
+    // The paths did not exist before (the configuration was checked), so they are ours.
+    let vsock = config.vsock.as_ref().map(|vsock| &vsock.socket);
+    for socket in config.control.iter().chain(vsock) {
+        if let Resource::Path(path) = socket {
+            let _ = std::fs::remove_file(path);
+        }
     }
     // A guest that never ran has no record; an empty file would look like one that lost it.
     if let Some(Resource::Path(path)) = &config.exit_record
@@ -51,19 +54,27 @@ pub fn run(path: &Path) -> Result<u8, Vec<String>> {
 fn wait_for_child(
     host: Host,
     config: &VmConfig,
-    resources: Resources,
+    mut resources: Resources,
     clock: Clock,
 ) -> std::io::Result<u8> {
+    let outside = resources.outside.take();
     // SAFETY: this process has one thread, so the child may go on as if it were the parent.
     match unsafe { libc::fork() } {
         ..0 => Err(std::io::Error::last_os_error()),
-        0 => become_guest(host, config, resources, clock),
+        0 => {
+            drop(outside);
+            become_guest(host, config, resources, clock)
+        }
         child => {
             drop((host, resources));
             CHILD.store(child, Ordering::SeqCst);
             for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
                 // SAFETY: the handler only sends a signal.
                 unsafe { libc::signal(signal, end_child as extern "C" fn(libc::c_int) as usize) };
+            }
+            if let Some(outside) = outside {
+                // Without it the guest's connections are refused, and that is all.
+                let _ = std::thread::Builder::new().spawn(move || outside.serve());
             }
             Ok(wait(child))
         }
