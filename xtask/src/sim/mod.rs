@@ -45,7 +45,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.mutations {
         return mutations::run(arguments.only.as_deref().unwrap_or(""), arguments.seeds);
     }
-    let simulator = build(&shell::root(), "sim")?;
+    let simulator = build(&shell::root(), &shell::target_directory())?;
     shell::run(Command::new(simulator).args(words(arguments)?))
 }
 
@@ -66,17 +66,19 @@ fn words(arguments: &Arguments) -> Result<Vec<String>> {
     Ok(words)
 }
 
-/// Builds the simulator of a tree, this one or a copy, and puts it aside under a name.
-fn build(root: &Path, name: &str) -> Result<PathBuf> {
-    let target = shell::target_directory();
+/// Builds the simulator of a tree, this one or a copy, and puts it aside, so that a long run keeps
+/// its program. Trees must not share `target`: cargo can't tell a copy's crates from the original's.
+fn build(root: &Path, target: &Path) -> Result<PathBuf> {
     let what = ["build", "--locked", "--profile", "sim", "--package", "simulator"];
     let mut build = shell::cargo();
-    build.args(what).args(["--example", "sim"]).current_dir(root).env("CARGO_TARGET_DIR", &target);
+    build.args(what).args(["--example", "sim"]).current_dir(root).env("CARGO_TARGET_DIR", target);
     shell::run(&mut build).with_context(|| format!("in {}", root.display()))?;
-    let directory = target.join("simulators");
-    let simulator = directory.join(name);
-    fs::create_dir_all(&directory)
-        .and_then(|()| fs::copy(target.join("sim/examples/sim"), &simulator))
+    let simulator = target.join("simulator");
+    fs::remove_file(&simulator).or_else(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    })?;
+    fs::copy(target.join("sim/examples/sim"), &simulator)
         .with_context(|| format!("cannot write {}", simulator.display()))?;
     Ok(simulator)
 }

@@ -186,7 +186,7 @@ fn copy_tree(to: &Path) -> Result<()> {
 
 /// Whether the simulator of `tree` finds something, and what.
 fn caught(tree: &Path, seeds: u64) -> Result<(bool, String, Duration)> {
-    let simulator = super::build(tree, "mutated")?;
+    let simulator = super::build(tree, &tree.join("target"))?;
     let start = Instant::now();
     let output = Command::new(&simulator)
         .args(["--seed", "0", "--seeds", &seeds.to_string()])
