@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::api::Reply;
 use super::ground::{Ground, Made};
 use super::journal::{Journal, Registers, Slots};
-use super::objects::{Attachment, Done, Entry};
+use super::objects::{Done, Entry};
 use super::registers::INITIAL;
 use super::seat::Seat;
 
@@ -137,17 +137,13 @@ fn attachment(volume: &Entry, found: &Value) -> Option<String> {
         attachments.iter().filter_map(|one| one["server_id"].as_str()).collect()
     });
     let status = found["status"].as_str().unwrap_or_default();
-    let right = match &volume.attachment {
-        Attachment::Free => status == "available" && at.is_empty(),
-        Attachment::To(server) => status == "in-use" && at == [server.as_str()],
-        Attachment::Perhaps(server) => match status {
-            "available" => at.is_empty(),
-            _ => status == "in-use" && at == [server.as_str()],
-        },
+    let right = match at[..] {
+        [] => status == "available" && volume.attachment.admits(None),
+        [server] => status == "in-use" && volume.attachment.admits(Some(server)),
+        _ => false,
     };
-    let promised = &volume.attachment;
-    (!right)
-        .then(|| format!("volume {} was promised {promised:?} and is {status} {at:?}", volume.name))
+    let told = &volume.attachment;
+    (!right).then(|| format!("volume {} is {status} {at:?}, but {told:?}", volume.name))
 }
 
 /// The histories, against the objects that they are of.

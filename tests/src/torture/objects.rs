@@ -1,5 +1,6 @@
 //! Clients that make, join and remove servers and volumes, and the book of what they were promised.
 
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,14 +27,46 @@ pub(super) enum Done {
     Yes,
 }
 
-/// Where a volume shall be.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Attachment {
-    Free,
-    /// Attached to the server of this id.
-    To(String),
-    /// A request about this server was lost.
-    Perhaps(String),
+/// What is remembered of a volume's attachments, for a finding; older ones go.
+const TOLD_MAX: usize = 40;
+
+/// Where a volume shall be. What was lost may still be done much later, by a node that was stopped.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Attachment {
+    /// The server that was promised, by id.
+    pub(super) promised: Option<String>,
+    /// Servers to which it was to be attached, in requests that were lost.
+    pub(super) perhaps_to: BTreeSet<String>,
+    /// Servers from which it was to be detached, in requests that were lost.
+    pub(super) perhaps_from: BTreeSet<String>,
+    /// What was asked and answered.
+    pub(super) told: VecDeque<String>,
+}
+
+impl Attachment {
+    fn tell(&mut self, journal: &Journal, what: &str, server: &str, reply: &Reply) {
+        if self.told.len() == TOLD_MAX {
+            self.told.pop_front();
+        }
+        let at = journal.now() / 1_000_000;
+        let came = match reply {
+            Reply::Answer(status, _) => status.to_string(),
+            Reply::NotSent(_) => "not sent".to_owned(),
+            Reply::Lost(_) => "lost".to_owned(),
+        };
+        self.told.push_back(format!("{at} ms {what} {server}: {came}"));
+    }
+
+    /// Whether a volume may be attached to this server, or to none.
+    pub(super) fn admits(&self, server: Option<&str>) -> bool {
+        match (server, &self.promised) {
+            (Some(server), promised) => {
+                promised.as_deref() == Some(server) || self.perhaps_to.contains(server)
+            }
+            (None, Some(promised)) => self.perhaps_from.contains(promised),
+            (None, None) => true,
+        }
+    }
 }
 
 /// A server or a volume that a client asked for.
@@ -159,7 +192,7 @@ impl Builder {
             _ => return None,
         };
         let (client, removed) = (self.client, Done::No);
-        Some(Entry { client, name, id, made, removed, attachment: Attachment::Free })
+        Some(Entry { client, name, id, made, removed, attachment: Attachment::default() })
     }
 
     async fn attach(&self, server: &Entry, volume: &Entry) {
@@ -168,28 +201,39 @@ impl Builder {
         let body = json!({"volumeAttachment": {"volumeId": volume}});
         let reply = self.api.call(Method::POST, &path, Some(&body)).await;
         self.journal.count("attach", &reply);
-        self.note_attachment(volume, &reply, server, Attachment::To(server.clone()));
+        self.note_attachment(volume, |journal, attachment| {
+            attachment.tell(journal, "attach", server, &reply);
+            match &reply {
+                Reply::Answer(status, _) if *status < 300 => {
+                    attachment.promised = Some(server.clone());
+                }
+                Reply::Lost(_) => drop(attachment.perhaps_to.insert(server.clone())),
+                _ => {}
+            }
+        });
     }
 
     async fn detach(&self, volume: &Entry) {
-        let (Some(id), Attachment::To(server)) = (&volume.id, &volume.attachment) else { return };
+        let (Some(id), Some(server)) = (&volume.id, &volume.attachment.promised) else { return };
         let path = format!("/compute/v2.1/servers/{server}/os-volume_attachments/{id}");
         let reply = self.api.call(Method::DELETE, &path, None).await;
         self.journal.count("detach", &reply);
-        self.note_attachment(id, &reply, server, Attachment::Free);
+        self.note_attachment(id, |journal, attachment| {
+            attachment.tell(journal, "detach", server, &reply);
+            match &reply {
+                Reply::Answer(status, _) if *status < 300 => attachment.promised = None,
+                Reply::Lost(_) => drop(attachment.perhaps_from.insert(server.clone())),
+                _ => {}
+            }
+        });
     }
 
-    fn note_attachment(&self, volume: &str, reply: &Reply, server: &str, then: Attachment) {
-        let attachment = match reply {
-            Reply::Answer(status, _) if *status < 300 => then,
-            Reply::Lost(_) => Attachment::Perhaps(server.to_owned()),
-            _ => return,
-        };
+    fn note_attachment(&self, volume: &str, note: impl Fn(&Journal, &mut Attachment)) {
         let mut entries = self.journal.entries();
         let volumes = entries.book.volumes.iter_mut();
         volumes
             .filter(|entry| entry.id.as_deref() == Some(volume))
-            .for_each(|entry| entry.attachment = attachment.clone());
+            .for_each(|entry| note(&self.journal, &mut entry.attachment));
     }
 
     async fn remove_server(&self, server: &Entry) {
@@ -203,20 +247,21 @@ impl Builder {
             entry.removed = removed;
         }
         // Whatever was asked about a server that is gone, its volumes are free.
-        for volume in &mut entries.book.volumes {
-            match &volume.attachment {
-                Attachment::To(server) | Attachment::Perhaps(server) if server == id => {
-                    let perhaps = Attachment::Perhaps(id.clone());
-                    volume.attachment =
-                        if removed == Done::Yes { Attachment::Free } else { perhaps };
-                }
-                _ => {}
+        for attachment in entries.book.volumes.iter_mut().map(|volume| &mut volume.attachment) {
+            if attachment.promised.as_ref() != Some(id) {
+                continue;
+            }
+            attachment.tell(&self.journal, "delete server", id, &reply);
+            if removed == Done::Yes {
+                attachment.promised = None;
+            } else {
+                attachment.perhaps_from.insert(id.clone());
             }
         }
     }
 
     async fn remove_volume(&self, volume: &Entry) {
-        let (Some(id), Attachment::Free) = (&volume.id, &volume.attachment) else { return };
+        let (Some(id), None) = (&volume.id, &volume.attachment.promised) else { return };
         let reply =
             self.api.call(Method::DELETE, &format!("{}/{id}", self.volumes_path()), None).await;
         self.journal.count("delete volume", &reply);
