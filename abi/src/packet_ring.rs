@@ -96,8 +96,8 @@ mod shared {
     /// The descriptors of one port's rings, mapped.
     pub struct Region {
         memory: OwnedFd,
-        from_guest: OwnedFd,
-        to_guest: OwnedFd,
+        from_guest: Arc<OwnedFd>,
+        to_guest: Arc<OwnedFd>,
         mapping: Arc<Mapping>,
     }
 
@@ -139,6 +139,7 @@ mod shared {
                 )?
             };
             let address = NonNull::new(address.cast()).expect("mmap never maps address 0");
+            let (from_guest, to_guest) = (Arc::new(from_guest), Arc::new(to_guest));
             Ok(Region { memory, from_guest, to_guest, mapping: Arc::new(Mapping(address)) })
         }
 
@@ -156,7 +157,7 @@ mod shared {
                 Direction::FromGuest => (0, &self.from_guest),
                 Direction::ToGuest => (RING_BYTES, &self.to_guest),
             };
-            Ok(Ring { mapping: Arc::clone(&self.mapping), offset, event: event.try_clone()? })
+            Ok(Ring { mapping: Arc::clone(&self.mapping), offset, event: Arc::clone(event) })
         }
 
         /// The writing end of a ring; a region has one producer a direction.
@@ -177,7 +178,7 @@ mod shared {
     struct Ring {
         mapping: Arc<Mapping>,
         offset: usize,
-        event: OwnedFd,
+        event: Arc<OwnedFd>,
     }
 
     impl Ring {

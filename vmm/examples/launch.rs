@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
-use vmm::bench::{self, Devices, Sample};
+use vmm::bench::{self, Devices, Image, Sample};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().collect();
@@ -17,11 +17,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut kernel =
         File::from(rustix::fs::memfd_create("probe", rustix::fs::MemfdFlags::CLOEXEC)?);
     kernel.write_all(&vmm::probe::image(false, 0))?;
+    let image = Image { kernel: &kernel, cmdline: "", memory_mib: 128 };
     let mut series: [Vec<Sample>; 3] = Default::default();
     for _ in 0..count {
         series[0].push(bench::floor(&spawner, &floor, 128)?);
-        series[1].push(bench::launch(&spawner, &kernel, "", 128, Devices::None)?);
-        series[2].push(bench::launch(&spawner, &kernel, "", 128, Devices::BlockAndNet)?);
+        series[1].push(bench::launch(&spawner, image, Devices::None)?);
+        series[2].push(bench::launch(&spawner, image, Devices::BlockAndNet)?);
     }
     for (name, samples) in ["floor", "cold/no-devices", "cold/devices"].into_iter().zip(&series) {
         let p50 = |value: fn(&Sample) -> u64| {

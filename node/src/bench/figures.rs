@@ -80,10 +80,13 @@ fn percentile(sorted: &[f64], percent: usize) -> f64 {
 }
 
 impl Figures {
-    /// Gives each series its median as a multiple of the series `floor`.
+    /// Gives each series in the unit of the series `floor` its median as a multiple of that one's.
     pub(crate) fn relate_to(&mut self, floor: &str) {
-        let Some(floor_p50) = self.find(floor).map(|series| series.p50) else { return };
-        for series in &mut self.series {
+        let Some((floor_p50, unit)) = self.find(floor).map(|series| (series.p50, series.unit))
+        else {
+            return;
+        };
+        for series in self.series.iter_mut().filter(|series| series.unit == unit) {
             series.ratio_to_floor_p50 = Some(series.p50 / floor_p50);
         }
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
-use vmm::bench::{Devices, Sample};
+use vmm::bench::{Devices, Image, Sample, trace};
 
 use super::{Figures, Series};
 use crate::client::objects::{create_flavor, create_image, create_network, create_subnet};
@@ -25,7 +25,9 @@ const METHOD: &str = "Each round takes every series once, in turn. floor, cold/*
     sandbox on, page cache warm; cold/devices has one virtio-blk and one virtio-net. api/active: \
     POST /servers sent to the first GET that says ACTIVE (asked each ms); api/first-line: the same \
     POST to the first console line in the API's console log. api/commit: one small write through \
-    the API. fdatasync: 512 bytes appended on the nodes' file system. Teardown is not in the times.";
+    the API. fdatasync: 512 bytes appended on the nodes' file system. Teardown is not in the times. \
+    calls/*: system calls of the process from its fork to its first KVM_RUN, by ptrace, in launches \
+    of their own. exits/*: exits to the VMM up to and with the guest's mark.";
 
 /// How much is measured.
 pub(crate) struct LaunchOptions {
@@ -104,7 +106,13 @@ pub(crate) async fn launch(options: &LaunchOptions, cloud: &Cloud) -> Result<Fig
             }
         }
     }
-    Ok(samples.figures(options))
+    let counted = tokio::task::spawn_blocking(move || bench.count()).await?;
+    let mut figures = samples.figures(options);
+    match counted {
+        Ok(counted) => figures.series.extend(counted),
+        Err(error) => eprintln!("calls and exits are not counted: {error:#}"),
+    }
+    Ok(figures)
 }
 
 /// One round: milliseconds by series, and CPU milliseconds where they are known.
@@ -143,15 +151,36 @@ impl Bench {
 
     fn round(&self) -> Result<Round> {
         let floor = vmm::bench::floor(&self.spawner, &self.floor, MEMORY_MIB)?;
-        let cold = |devices| {
-            vmm::bench::launch(&self.spawner, &self.kernel, "exit-after-main", MEMORY_MIB, devices)
-        };
+        let cold = |devices| vmm::bench::launch(&self.spawner, self.image(), devices);
         Ok(vec![
             ("fdatasync", self.fdatasync()?, None),
             sample("floor", floor),
             sample("cold/no-devices", cold(Devices::None)?),
             sample("cold/devices", cold(Devices::BlockAndNet)?),
         ])
+    }
+
+    fn image(&self) -> Image<'_> {
+        let cmdline = "exit-after-main";
+        Image { kernel: &self.kernel, cmdline, memory_mib: MEMORY_MIB }
+    }
+
+    /// What a launch costs whatever the machine: its system calls and exits.
+    fn count(&self) -> Result<Vec<Series>> {
+        let floor = || vmm::bench::floor(&self.spawner, &self.floor, MEMORY_MIB);
+        let cold = |devices| vmm::bench::launch(&self.spawner, self.image(), devices);
+        let mut series = Vec::new();
+        for (name, (sample, calls)) in [
+            ("floor", trace::count(&self.spawner, floor)?),
+            ("cold/no-devices", trace::count(&self.spawner, || cold(Devices::None))?),
+            ("cold/devices", trace::count(&self.spawner, || cold(Devices::BlockAndNet))?),
+        ] {
+            let calls = vec![calls.numbers.len() as f64];
+            let exits = vec![f64::from(sample.exits)];
+            series.extend(Series::new(&format!("calls/{name}"), "calls", calls));
+            series.extend(Series::new(&format!("exits/{name}"), "exits", exits));
+        }
+        Ok(series)
     }
 
     fn fdatasync(&self) -> Result<f64> {

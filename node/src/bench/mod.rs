@@ -1,6 +1,7 @@
 //! `trine bench`: figures that name their method, beside a floor or a peer measured in the same run.
 
 mod consensus;
+mod density;
 mod failover;
 mod figures;
 mod launch;
@@ -46,6 +47,24 @@ enum Measured {
         /// Launches under way at once.
         #[arg(long, default_value_t = 1)]
         concurrency: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Guests side by side: memory of each, and launches a second beside the floor's. As root.
+    #[command(
+        after_help = "Examples:\n  trine bench density\n  trine bench density --guests 1000 --json"
+    )]
+    Density {
+        /// Guests at once; fewer where memory ends.
+        #[arg(long, default_value_t = 100)]
+        guests: usize,
+        /// Rounds of launches.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Launches of each kind in a round.
+        #[arg(long, default_value_t = 100)]
+        launches: usize,
         /// Prints one JSON object instead of a table.
         #[arg(long)]
         json: bool,
@@ -119,6 +138,10 @@ async fn measure(bench: Measured) -> Result<(Figures, bool)> {
     Ok(match bench {
         Measured::Launch { count, concurrency, json } => {
             (launch::in_own_cloud(&LaunchOptions { count, concurrency }).await?, json)
+        }
+        Measured::Density { guests, rounds, launches, json } => {
+            let options = density::Options { guests, rounds, launches };
+            (tokio::task::spawn_blocking(move || density::density(&options)).await??, json)
         }
         Measured::Failover { kills, json } => (failover::failover(kills).await?, json),
         Measured::Raft { rounds, seconds, writers, alone, json } => {

@@ -173,6 +173,9 @@ pub struct Timings {
     pub network_ns: u64,
     /// First byte on the console.
     pub console_ns: u64,
+    /// Exits to the VMM up to the mark `MARK_MAIN`, its own among them; so far, before it.
+    #[serde(default)]
+    pub exits_to_main: u32,
 }
 
 /// Why and how a guest ended; the VMM's last act.

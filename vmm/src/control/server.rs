@@ -19,7 +19,8 @@ const CONNECTIONS_MAX: usize = 16;
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a guest has to say how its memory is.
 const STATISTICS_TIMEOUT: Duration = Duration::from_secs(2);
-const STACK_BYTES: usize = 256 << 10;
+/// Stack of its threads.
+pub(crate) const STACK_BYTES: usize = 256 << 10;
 
 /// Serves `listener` on threads of its own.
 pub fn start(listener: UnixListener, guest: Arc<Guest>) -> std::io::Result<()> {

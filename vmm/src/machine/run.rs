@@ -8,7 +8,7 @@
 
 use kvm_ioctls::VcpuFd;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 /// How long `pause` waits for the vCPUs to come out of the guest.
@@ -39,7 +39,7 @@ unsafe impl Send for Kick {}
 impl Gate {
     /// An open gate for `vcpus` vCPUs.
     pub fn new(vcpus: usize) -> Gate {
-        install_kick_handler();
+        prepare();
         let vcpus = (0..vcpus).map(|_| None).collect();
         Gate {
             state: Mutex::new(GateState { paused: false, parked: 0, vcpus }),
@@ -113,12 +113,16 @@ fn kick_signal() -> libc::c_int {
 
 extern "C" fn interrupted(_: libc::c_int) {}
 
-/// The signal only has to interrupt `KVM_RUN`.
-fn install_kick_handler() {
-    // SAFETY: a zeroed sigaction is valid; the handler does nothing.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = interrupted as extern "C" fn(libc::c_int) as usize;
-        libc::sigaction(kick_signal(), &raw const action, std::ptr::null_mut());
-    }
+/// Installs the handler of the signal, which only has to interrupt `KVM_RUN`; once, and forked
+/// processes have it too.
+pub fn prepare() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        // SAFETY: a zeroed sigaction is valid; the handler does nothing.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = interrupted as extern "C" fn(libc::c_int) as usize;
+            libc::sigaction(kick_signal(), &raw const action, std::ptr::null_mut());
+        }
+    });
 }

@@ -279,6 +279,6 @@ impl Exits for Guest {
     }
 
     fn exited(&self) {
-        self.clock.first_exit.reach();
+        self.clock.exited();
     }
 }

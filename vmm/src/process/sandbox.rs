@@ -54,6 +54,7 @@ impl Sandbox {
     /// Prepares and moves this process into empty namespaces where the host allows it.
     pub fn prepare() -> Result<Sandbox, SandboxError> {
         let filter = seccomp::compile();
+        seccomp::prepare();
         let ruleset = landlock_ruleset();
         let root = rustix::process::geteuid().is_root();
         let host_root = open_root().ok();

@@ -10,7 +10,7 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 /// A filter, ready to install.
 pub type Program = Vec<libc::sock_filter>;
@@ -145,6 +145,22 @@ struct Verdict {
 static VERDICT: OnceLock<Verdict> = OnceLock::new();
 const PLACEHOLDER: &str = "00000";
 
+/// Installs the handler of violations; once, and forked processes have it too.
+pub fn prepare() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        // SAFETY: a zeroed sigaction is valid; the handler is async-signal-safe.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = violation
+                as extern "C" fn(libc::c_int, *const libc::siginfo_t, *mut libc::c_void)
+                as usize;
+            action.sa_flags = libc::SA_SIGINFO;
+            libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut());
+        }
+    });
+}
+
 /// Closes the process: from here on only the listed calls are possible, for this thread and every
 /// thread it starts. `record` gets the exit record of a violation.
 pub fn apply(filter: &Program, record: Option<RawFd>, nonce: &str) -> io::Result<()> {
@@ -163,15 +179,7 @@ pub fn apply(filter: &Program, record: Option<RawFd>, nonce: &str) -> io::Result
             + needle.len()
             - PLACEHOLDER.len();
     let _ = VERDICT.set(Verdict { record: record.unwrap_or(-1), json, digits_at });
-    // SAFETY: a zeroed sigaction is valid; the handler is async-signal-safe.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = violation
-            as extern "C" fn(libc::c_int, *const libc::siginfo_t, *mut libc::c_void)
-            as usize;
-        action.sa_flags = libc::SA_SIGINFO;
-        libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut());
-    }
+    prepare();
     let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
     // SAFETY: the program lives through the call and its length is right; the kernel checks it.
     let result = unsafe {

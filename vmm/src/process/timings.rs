@@ -1,7 +1,7 @@
 //! When the steps of a launch happened.
 
 use crate::control::Timings;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// CLOCK_MONOTONIC, nanoseconds.
 pub fn now_ns() -> u64 {
@@ -32,6 +32,7 @@ pub struct Clock {
     pub network: Mark,
     /// See [`Timings::console_ns`].
     pub console: Mark,
+    exits_to_main: AtomicU32,
 }
 
 impl Clock {
@@ -45,6 +46,15 @@ impl Clock {
             main_ns: self.main.get(),
             network_ns: self.network.get(),
             console_ns: self.console.get(),
+            exits_to_main: self.exits_to_main.load(Ordering::Relaxed),
+        }
+    }
+
+    /// The guest caused an exit.
+    pub fn exited(&self) {
+        self.first_exit.reach();
+        if self.main.get() == 0 {
+            self.exits_to_main.fetch_add(1, Ordering::Relaxed);
         }
     }
 }

@@ -34,7 +34,7 @@ pub(crate) fn load(ram: &Ram, kernel: &File, head: &[u8]) -> Result<LoadedElf, M
     let size =
         positioned::len(kernel).map_err(|error| MachineError::Kernel(format!("fstat: {error}")))?;
     let end = check_segments(head, ram, size)?;
-    let loaded = Elf::load(ram, None, &mut Positioned::new(kernel), None)
+    let loaded = Elf::load(ram, None, &mut Positioned::new(kernel, head), None)
         .map_err(|error| MachineError::Kernel(format!("ELF loader: {error}")))?;
     let pvh_entry = match loaded.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) => Some(entry.0),

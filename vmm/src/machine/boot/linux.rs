@@ -119,7 +119,7 @@ pub(crate) fn load_bzimage(
     if u16_at(head, XLOADFLAGS) & KERNEL_64 == 0 {
         return refuse("a 32-bit bzImage; only 64-bit ones are booted");
     }
-    let loaded = BzImage::load(ram, None, &mut Positioned::new(source.kernel), None)
+    let loaded = BzImage::load(ram, None, &mut Positioned::new(source.kernel, head), None)
         .map_err(|error| MachineError::Kernel(format!("bzImage loader: {error}")))?;
     let start = loaded.kernel_load.0;
     let longest = u32_at(head, CMDLINE_SIZE) as usize;
@@ -187,7 +187,7 @@ fn load_initrd(
             "{len} bytes do not fit between the kernel's end at {bottom:#x} and {top:#x}; raise memory_mib or make it smaller"
         )));
     }
-    ram.read_exact_volatile_from(GuestAddress(start), &mut Positioned::new(file), len as usize)
+    ram.read_exact_volatile_from(GuestAddress(start), &mut Positioned::new(file, &[]), len as usize)
         .map_err(|error| failed(format!("read {len} bytes: {error}")))?;
     Ok((start, len))
 }

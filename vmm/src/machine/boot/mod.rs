@@ -87,9 +87,11 @@ pub fn load(ram: &Ram, memory_mib: u32, source: &Source<'_>) -> Result<Loaded, M
 
 /// The beginning of a file, by position: its descriptor may be shared with guests starting meanwhile.
 fn read_head(file: &File) -> Result<Vec<u8>, MachineError> {
-    let mut head = vec![0; HEAD_BYTES];
+    let failed = |error| MachineError::Kernel(format!("fstat: {error}"));
+    let size = positioned::len(file).map_err(failed)?.min(HEAD_BYTES as u64) as usize;
+    let mut head = vec![0; size];
     let mut len = 0;
-    while len < HEAD_BYTES {
+    while len < size {
         match file.read_at(&mut head[len..], len as u64) {
             Ok(0) => break,
             Ok(read) => len += read,

@@ -9,6 +9,7 @@ use crate::control::{
 };
 use crate::devices::console::Sink;
 use crate::machine::Host;
+use crate::machine::run::prepare as prepare_kicks;
 use crate::process::ending;
 use crate::process::guest::{self, Report};
 use crate::process::resources::{Resources, Supply};
@@ -36,7 +37,8 @@ pub fn run() -> io::Result<()> {
     // A failure is the parent's to show: it waits for the first frame.
     let prepared = Host::open()
         .map_err(|error| error.to_string())
-        .and_then(|host| Ok((host, Sandbox::prepare().map_err(|error| error.to_string())?)));
+        .and_then(|host| Ok((host, Sandbox::prepare().map_err(|error| error.to_string())?)))
+        .and_then(|prepared| warm_up().map(|()| prepared));
     let (host, sandbox) = match prepared {
         Ok(prepared) => prepared,
         Err(message) => return reply(&socket, &SpawnerHello::Failed { message }, &[]),
@@ -65,6 +67,15 @@ fn take_socket() -> io::Result<(OwnedFd, File)> {
         libc::setsid();
     }
     Ok((socket, null))
+}
+
+/// Does here what every guest's process would do again and can inherit: signal handlers, what the
+/// C library sets up for a process's first thread, and that thread's stack, which it keeps.
+fn warm_up() -> Result<(), String> {
+    prepare_kicks();
+    let first = std::thread::Builder::new().stack_size(crate::control::server::STACK_BYTES);
+    let ended = first.spawn(|| {}).map_err(|error| format!("start a thread: {error}"))?.join();
+    ended.map_err(|_| "the first thread panicked".into())
 }
 
 fn reply<T: Serialize>(
@@ -138,11 +149,8 @@ impl Spawner {
         drop(requests);
         // A process group of its own, in the spawner's session without a terminal: a session of its
         // own would also be a new scheduling group, which on a busy host costs a time slice.
-        // SAFETY: plain calls on integers.
-        unsafe {
-            libc::setpgid(0, 0);
-            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
-        }
+        // SAFETY: plain call on integers.
+        unsafe { libc::setpgid(0, 0) };
         replace(&null, 2);
         drop(null);
         let mut report = Report::Reply { socket, pidfd: None };
