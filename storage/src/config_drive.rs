@@ -27,7 +27,7 @@ struct Folder {
 }
 
 /// The image of a config drive with `files` (content by path).
-pub(crate) fn image(files: BTreeMap<String, Vec<u8>>) -> Result<Vec<u8>, Error> {
+pub fn image(files: BTreeMap<String, Vec<u8>>) -> Result<Vec<u8>, Error> {
     check(&files)?;
     let mut root = Folder::default();
     for (path, content) in files {

@@ -12,7 +12,7 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
-mod config_drive;
+pub mod config_drive;
 pub mod control;
 mod directory;
 mod fetch;

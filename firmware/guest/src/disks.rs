@@ -4,8 +4,8 @@ use crate::world::World;
 use alloc::string::String;
 use core::fmt;
 use inputs::iso9660::ReadAt;
-use inputs::steps::Pattern;
-use runtime::virtio::blk::{BlockDevice, BlockError, REQUEST_BYTES_MAX};
+use inputs::steps::{DiskLoad, Pattern};
+use runtime::virtio::blk::{BlockDevice, BlockError, Load, LoadFigures, REQUEST_BYTES_MAX};
 
 /// One disk.
 pub(crate) struct Disk {
@@ -129,6 +129,18 @@ impl World {
             })?;
         }
         self.request(slot, BlockDevice::start_flush)
+    }
+
+    /// Keeps the disk busy, and nothing else.
+    pub(crate) fn load(&mut self, slot: u16, load: &DiskLoad) -> Result<LoadFigures, DiskError> {
+        let load = Load {
+            write: load.write,
+            random: load.random,
+            bytes: load.bytes as usize,
+            depth: load.depth,
+            micros: load.micros,
+        };
+        Ok(self.disk(slot)?.device.run_load(load)?)
     }
 
     /// Reads and compares.

@@ -5,7 +5,7 @@ use crate::world::World;
 use crate::{http_client, ping};
 use alloc::string::{String, ToString};
 use inputs::http::Url;
-use inputs::steps::{self, Pattern, Step};
+use inputs::steps::{self, DiskLoad, Pattern, Step};
 use runtime::clock::{self, Instant};
 use runtime::{cpu, println};
 
@@ -63,6 +63,7 @@ fn run_step(world: &mut World, step: &Step) -> Result<String, String> {
         Step::DiskWait { serial, timeout_micros } => disk_wait(world, serial, *timeout_micros),
         Step::DiskWrite(pattern) => disk_write(world, pattern),
         Step::DiskVerify(pattern) => disk_verify(world, pattern),
+        Step::DiskLoad(load) => disk_load(world, load),
         Step::DiskGone { serial, timeout_micros } => disk_gone(world, serial, *timeout_micros),
         Step::PowerOff => Ok(String::new()),
     }
@@ -140,6 +141,14 @@ fn look_again(world: &mut World, deadline: Instant) -> bool {
     }
     world.turn(Some(deadline.min(now.after_micros(LOOK_AGAIN_MICROS))));
     true
+}
+
+/// Serves nothing else meanwhile, so that nothing else is in the figures.
+fn disk_load(world: &mut World, load: &DiskLoad) -> Result<String, String> {
+    let slot =
+        world.find_disk(&load.serial).ok_or_else(|| alloc::format!("no disk {}", load.serial))?;
+    let figures = world.load(slot, load).map_err(|error| error.to_string())?;
+    Ok(alloc::format!("{} operations in {} ns", figures.operations, figures.nanos))
 }
 
 fn find(world: &mut World, pattern: &Pattern) -> Result<u16, String> {

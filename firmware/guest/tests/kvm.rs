@@ -215,6 +215,46 @@ fn steps_of_the_config_drive_run_on_real_disks() {
 }
 
 #[test]
+fn a_disk_is_kept_busy_and_serves_on_as_before() {
+    let Some(vmm) = vmm("a_disk_is_kept_busy_and_serves_on_as_before") else { return };
+    let directory = Directory::new("load");
+    let steps = "#trine-steps\n\
+        disk-load vol write order=sequential bytes=65536 depth=64 seconds=0.05\n\
+        disk-load vol read depth=7 seconds=0.05\n\
+        disk-write vol pattern=trine bytes=4096\n\
+        disk-load drive write\n";
+    let drive = directory.file("drive", &config_drive(steps));
+    let volume = directory.file("volume", &vec![0xAA; 1 << 20]);
+    let disks =
+        format!(r#", "disks": [{}, {}]"#, disk("drive", &drive, true), disk("vol", &volume, false));
+    let mut guest = Guest::start(&vmm, &directory, "", &disks);
+    let mut figures = |step: &str| {
+        let line = guest.wait_for(step);
+        let words: Vec<&str> = line[step.len()..].split_whitespace().collect();
+        assert_eq!((words[1], words[2], words[4]), ("operations", "in", "ns"), "{line}");
+        (words[0].parse::<u64>().unwrap(), words[3].parse::<u64>().unwrap())
+    };
+    let (writes, nanos) = figures("trine: step 1 disk-load ok ");
+    assert!(writes >= 64 && nanos >= 50_000_000, "{writes} in {nanos} ns");
+    let (reads, nanos) = figures("trine: step 2 disk-load ok ");
+    assert!(reads >= 7 && nanos >= 50_000_000, "{reads} in {nanos} ns");
+    guest.wait_for("trine: step 3 disk-write ok 4096");
+    guest.wait_for("trine: step 4 disk-load failed the disk is read-only");
+    drop(guest);
+    // Each of the 64 requests writes a byte of its own, over the 16 places of the volume.
+    let written = fs::read(&volume).unwrap();
+    assert_eq!(&written[..5], b"trine");
+    for place in 0..16 {
+        let bytes = &written[place * 65_536 + 4096..(place + 1) * 65_536];
+        assert!((1..=64).contains(&bytes[0]), "{}", bytes[0]);
+        // Two requests for one place are under way at once: whole sectors of either.
+        for sector in bytes.chunks(512) {
+            assert!(sector.iter().all(|byte| *byte == sector[0]), "a sector of two writes");
+        }
+    }
+}
+
+#[test]
 fn a_volume_comes_and_goes_while_the_guest_runs() {
     let Some(vmm) = vmm("a_volume_comes_and_goes_while_the_guest_runs") else { return };
     let directory = Directory::new("hotplug");

@@ -14,6 +14,10 @@ pub const SECONDS_MAX: u64 = 86_400;
 pub const DISK_BYTES_MAX: u64 = 1 << 30;
 /// Most echo requests of one ping.
 pub const PING_COUNT_MAX: u16 = 1000;
+/// Most bytes of one request of a disk load.
+pub const LOAD_BYTES_MAX: u64 = 1 << 20;
+/// Most requests of a disk load at once.
+pub const LOAD_DEPTH_MAX: u64 = 64;
 /// A disk shows this much of its serial number.
 const SERIAL_BYTES: usize = 20;
 
@@ -63,6 +67,8 @@ pub enum Step {
     DiskWrite(Pattern),
     /// Reads a pattern.
     DiskVerify(Pattern),
+    /// Keeps a disk busy and counts.
+    DiskLoad(DiskLoad),
     /// Waits until a disk was taken away.
     DiskGone {
         /// Start of its serial number.
@@ -83,6 +89,23 @@ pub struct Pattern {
     pub text: String,
     /// How many bytes, a multiple of 512.
     pub bytes: u64,
+}
+
+/// How a disk is kept busy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskLoad {
+    /// Start of the disk's serial number.
+    pub serial: String,
+    /// Writes (otherwise reads).
+    pub write: bool,
+    /// Anywhere (otherwise from the start on).
+    pub random: bool,
+    /// Bytes of each request, a multiple of 512.
+    pub bytes: u64,
+    /// Requests at once.
+    pub depth: u16,
+    /// How long.
+    pub micros: u64,
 }
 
 impl Pattern {
@@ -117,6 +140,7 @@ impl Step {
             Step::DiskWait { .. } => "disk-wait",
             Step::DiskWrite(_) => "disk-write",
             Step::DiskVerify(_) => "disk-verify",
+            Step::DiskLoad(_) => "disk-load",
             Step::DiskGone { .. } => "disk-gone",
             Step::PowerOff => "poweroff",
         }
@@ -191,6 +215,7 @@ fn parse_step(name: &str, words: Vec<&str>) -> Result<Step, String> {
         }
         "disk-write" => Step::DiskWrite(words.pattern()?),
         "disk-verify" => Step::DiskVerify(words.pattern()?),
+        "disk-load" => Step::DiskLoad(words.load()?),
         "disk-gone" => {
             Step::DiskGone { serial: words.serial()?, timeout_micros: words.timeout("60")? }
         }
@@ -246,16 +271,25 @@ impl<'a> Words<'a> {
             .option("pattern")
             .filter(|text| !text.is_empty())
             .ok_or("pattern=TEXT is missing")?;
-        let bytes = number(
-            "bytes",
-            self.option("bytes").ok_or("bytes=N is missing")?,
-            512,
-            DISK_BYTES_MAX,
-        )?;
-        if !bytes.is_multiple_of(512) {
-            return Err(alloc::format!("bytes={bytes} is not a multiple of 512"));
-        }
+        let bytes = self.option("bytes").ok_or("bytes=N is missing")?;
+        let bytes = sectors_bytes(bytes, DISK_BYTES_MAX)?;
         Ok(Pattern { serial, text: text.to_string(), bytes })
+    }
+
+    fn load(&mut self) -> Result<DiskLoad, String> {
+        let serial = self.serial()?;
+        let write = choice("", self.required("read or write")?, ["read", "write"])?;
+        let order = self.option("order").unwrap_or("random");
+        let depth = self.option("depth").unwrap_or("1");
+        let micros = seconds(self.option("seconds").unwrap_or("2"))?;
+        Ok(DiskLoad {
+            serial,
+            write,
+            random: choice("order=", order, ["sequential", "random"])?,
+            bytes: sectors_bytes(self.option("bytes").unwrap_or("4096"), LOAD_BYTES_MAX)?,
+            depth: number("depth", depth, 1, LOAD_DEPTH_MAX)? as u16,
+            micros,
+        })
     }
 
     fn nothing_left(&self) -> Result<(), String> {
@@ -269,6 +303,24 @@ impl<'a> Words<'a> {
 fn number(name: &str, text: &str, least: u64, most: u64) -> Result<u64, String> {
     let number = text.parse().ok().filter(|number| (least..=most).contains(number));
     number.ok_or_else(|| alloc::format!("{name} {text} is not a number from {least} to {most}"))
+}
+
+/// A number of bytes that is whole sectors.
+fn sectors_bytes(text: &str, most: u64) -> Result<u64, String> {
+    let bytes = number("bytes", text, 512, most)?;
+    if !bytes.is_multiple_of(512) {
+        return Err(alloc::format!("bytes={bytes} is not a multiple of 512"));
+    }
+    Ok(bytes)
+}
+
+/// Is it the second of two words?
+fn choice(name: &str, text: &str, [first, second]: [&str; 2]) -> Result<bool, String> {
+    match text {
+        _ if text == first => Ok(false),
+        _ if text == second => Ok(true),
+        _ => Err(alloc::format!("{name}{text} is neither {first} nor {second}")),
+    }
 }
 
 /// Whole or decimal seconds, as microseconds.
@@ -336,6 +388,26 @@ mod tests {
         let pattern = Pattern { serial: "vol-1".into(), text: "abc".into(), bytes: 1024 };
         check("disk-write vol-1 pattern=abc bytes=1024", Step::DiskWrite(pattern.clone()));
         check("disk-verify vol-1 bytes=1024 pattern=abc", Step::DiskVerify(pattern));
+        let load = DiskLoad {
+            serial: "vol-1".into(),
+            write: false,
+            random: true,
+            bytes: 4096,
+            depth: 1,
+            micros: 2_000_000,
+        };
+        check("disk-load vol-1 read", Step::DiskLoad(load.clone()));
+        check(
+            "disk-load vol-1 write order=sequential bytes=1048576 depth=32 seconds=0.5",
+            Step::DiskLoad(DiskLoad {
+                write: true,
+                random: false,
+                bytes: 1 << 20,
+                depth: 32,
+                micros: 500_000,
+                ..load
+            }),
+        );
         check("poweroff", Step::PowerOff);
     }
 
@@ -363,6 +435,11 @@ mod tests {
             "disk-write v pattern=a bytes=99999999999",
             "bytes 99999999999 is not a number",
         );
+        check_error("disk-load v", "read or write is missing");
+        check_error("disk-load v erase", "erase is neither read nor write");
+        check_error("disk-load v read order=odd", "order=odd is neither sequential nor random");
+        check_error("disk-load v read depth=65", "depth 65 is not a number from 1 to 64");
+        check_error("disk-load v read bytes=1000", "bytes=1000 is not a multiple of 512");
         check_error("reboot", "there is no such step");
         let error = parse("#trine-steps\n\n# first\nprint a\nsleep x\n").unwrap_err();
         assert_eq!((error.number, error.name.as_str()), (2, "sleep"));

@@ -38,6 +38,12 @@ pub fn now() -> Instant {
     Instant(micros_of(cpu::tsc(), boot::parameters().tsc_hz))
 }
 
+/// Nanoseconds of a span of the TSC.
+pub(crate) fn nanos_of(ticks: u64) -> u64 {
+    let hz = u128::from(boot::parameters().tsc_hz.max(1));
+    (u128::from(ticks) * 1_000_000_000 / hz) as u64
+}
+
 /// The TSC value at which `instant` is reached.
 pub(crate) fn tsc_at(instant: Instant) -> u64 {
     tsc_of(instant.0, boot::parameters().tsc_hz)

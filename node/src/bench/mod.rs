@@ -1,5 +1,6 @@
 //! `trine bench`: figures that name their method, beside a floor or a peer measured in the same run.
 
+mod block;
 mod consensus;
 mod density;
 mod failover;
@@ -47,6 +48,30 @@ enum Measured {
         /// Launches under way at once.
         #[arg(long, default_value_t = 1)]
         concurrency: usize,
+        /// Prints one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// A guest's disk beside io_uring on the same file.
+    #[command(
+        after_help = "Examples:\n  trine bench block\n  trine bench block --directory /var/lib/trine --rounds 10 --json"
+    )]
+    Block {
+        /// Rounds of each series.
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Length of one run, milliseconds.
+        #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(10..=600_000))]
+        length_ms: u64,
+        /// Size of the file, MiB.
+        #[arg(long, default_value_t = 512)]
+        file_mib: u64,
+        /// Where the file is made; the system's directory for temporary files unless given.
+        #[arg(long)]
+        directory: Option<PathBuf>,
+        /// Through the host's page cache, not around it.
+        #[arg(long)]
+        buffered: bool,
         /// Prints one JSON object instead of a table.
         #[arg(long)]
         json: bool,
@@ -138,6 +163,11 @@ async fn measure(bench: Measured) -> Result<(Figures, bool)> {
     Ok(match bench {
         Measured::Launch { count, concurrency, json } => {
             (launch::in_own_cloud(&LaunchOptions { count, concurrency }).await?, json)
+        }
+        Measured::Block { rounds, length_ms, file_mib, directory, buffered, json } => {
+            let length = Duration::from_millis(length_ms);
+            let options = block::Options { rounds, length, file_mib, directory, buffered };
+            (tokio::task::spawn_blocking(move || block::block(&options)).await??, json)
         }
         Measured::Density { guests, rounds, launches, json } => {
             let options = density::Options { guests, rounds, launches };

@@ -5,6 +5,7 @@
 //! fork. The end is the guest's first port write: for the floor seen by the program itself, for
 //! the others the write of `MARK_MAIN`.
 
+pub mod block;
 pub mod memory;
 pub mod trace;
 

@@ -1,6 +1,10 @@
 //! virtio-blk: one request at a time, started and polled, so that the caller can serve its
 //! network while a disk is slow.
 
+mod load;
+
+pub use load::{DEPTH_MAX, LOAD_BYTES_MAX, Load, LoadFigures};
+
 use super::queue::{Queue, Segment};
 use super::transport::{Doorbell, Transport, VirtioError};
 use alloc::boxed::Box;
@@ -17,6 +21,7 @@ pub const SERIAL_BYTES: usize = 20;
 
 const FEATURE_READ_ONLY: u64 = 1 << 5;
 const FEATURE_FLUSH: u64 = 1 << 9;
+const FEATURES: u64 = FEATURE_READ_ONLY | FEATURE_FLUSH;
 const QUEUE_SIZE: u16 = 4;
 const TYPE_IN: u32 = 0;
 const TYPE_OUT: u32 = 1;
@@ -77,7 +82,7 @@ pub struct BlockDevice {
 impl BlockDevice {
     /// Starts the device.
     pub fn open(transport: Transport) -> Result<BlockDevice, VirtioError> {
-        let features = transport.negotiate(FEATURE_READ_ONLY | FEATURE_FLUSH)?;
+        let features = transport.negotiate(FEATURES)?;
         let (queue, doorbell) = transport.open_queue(0, QUEUE_SIZE, features)?;
         if queue.size() < QUEUE_SIZE {
             return Err(VirtioError::Queue(0));
