@@ -131,7 +131,10 @@ fn given_up(state: &State, now_ms: u64) -> impl Iterator<Item = Chore> {
             ) => {
                 format!("image {id}")
             }
-            Command::Volume(VolumeCommand::Failed { id, .. }) => format!("volume {id}"),
+            Command::Volume(
+                VolumeCommand::Failed { id, .. }
+                | VolumeCommand::DetachExpired { volume_id: id, .. },
+            ) => format!("volume {id}"),
             _ => return None,
         };
         Some(Chore { subject, command })

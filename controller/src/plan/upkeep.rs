@@ -3,7 +3,7 @@
 use crate::ids::HostId;
 use crate::state::cluster::Host;
 use crate::state::image::{Image, ImageCommand, ImageStatus};
-use crate::state::volume::{VolumeCommand, VolumeStatus};
+use crate::state::volume::{DETACH_MS_MAX, VolumeCommand, VolumeStatus};
 use crate::state::{Command, State};
 
 /// An upload that takes longer than this is given up.
@@ -28,7 +28,21 @@ pub fn upkeep(state: &State, now_ms: u64) -> Vec<Command> {
         let reason = "The host that was making the volume is out of service.".to_owned();
         Command::Volume(VolumeCommand::Failed { id: volume.id.clone(), reason })
     });
-    uploads.chain(volumes).take(UPKEEP_COMMANDS_MAX).collect()
+    uploads.chain(volumes).chain(detachments(state, now_ms)).take(UPKEEP_COMMANDS_MAX).collect()
+}
+
+/// Detachments that took too long: their guests don't let go.
+fn detachments(state: &State, now_ms: u64) -> impl Iterator<Item = Command> {
+    state.volume.volumes.values().filter_map(move |volume| {
+        let attachment = volume.attachments.first()?;
+        let asked_ms = attachment.detaching_ms?;
+        // By the leader's clock and by the time that it stamps, which may be ahead of it.
+        let over = now_ms.max(state.time_ms).saturating_sub(asked_ms) >= DETACH_MS_MAX;
+        over.then(|| {
+            let (volume_id, generation) = (volume.id.clone(), attachment.generation);
+            Command::Volume(VolumeCommand::DetachExpired { volume_id, generation, asked_ms })
+        })
+    })
 }
 
 /// The uploads that a host took when its node last ended: to be ended when the node starts,

@@ -14,6 +14,7 @@ use super::cluster::{Cluster, ClusterCommand};
 use super::compute::ComputeCommand;
 use super::image::ImageCommand;
 use super::outcome::Rejection;
+use super::volume::VolumeCommand;
 
 /// The greatest level that this program supports; a new cluster starts with it.
 pub const FEATURE_LEVEL: u32 = 2;
@@ -37,6 +38,7 @@ impl Command {
                 | ComputeCommand::ServerWaits { .. }
                 | ComputeCommand::ResealServer { .. },
             )
+            | Self::Volume(VolumeCommand::DetachExpired { .. })
             | Self::Image(ImageCommand::UploadBegun { .. } | ImageCommand::UploadEnded { .. }) => 2,
             _ => 1,
         }

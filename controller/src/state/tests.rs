@@ -14,12 +14,13 @@ use super::image::ImageCommand;
 use super::network::{
     Direction, Ethertype, NetworkCommand, NewFloatingIp, NewPort, NewPortForwarding, NewRule,
 };
-use super::volume::{AttachmentState, VolumeCommand, VolumeStatus};
+use super::volume::{AttachmentState, DETACH_MS_MAX, VolumeCommand, VolumeStatus};
 use super::{
     Command, Outcome, QuotaCommand, QuotaResource, RejectionKind, State, decode_result,
     encode_result,
 };
 use crate::ids::{HostId, PortId};
+use crate::plan::upkeep;
 
 fn create_server(id: &str) -> Command {
     Command::Compute(ComputeCommand::CreateServer(Box::new(new_server(id, None))))
@@ -241,6 +242,39 @@ fn placements_spread_and_count_what_is_in_flight() {
         hosts.push(host.0);
     }
     assert_eq!(hosts, [1, 2, 3, 1, 2, 3]);
+}
+
+#[test]
+fn a_volume_that_its_guest_does_not_let_go_of_stays_attached() {
+    let mut sample = Sample::new();
+    sample.running("s1", None);
+    sample.available("v1");
+    sample.volume(attach("v1", "s1"));
+    sample.volume(VolumeCommand::Attached { volume_id: "v1".into(), generation: 1 });
+    sample.volume(detach("v1", "s1"));
+    let asked_ms = sample.state.time_ms;
+
+    let due = |sample: &Sample, later_ms: u64| upkeep(&sample.state, asked_ms + later_ms);
+    assert_eq!(due(&sample, DETACH_MS_MAX - 1), []);
+    let [expired] = &due(&sample, DETACH_MS_MAX)[..] else { panic!("one is over") };
+    // By the time that commands are stamped with, which nobody's wrong clock goes around.
+    while sample.state.time_ms + 1_000 < asked_ms + DETACH_MS_MAX {
+        sample.refused(expired.clone());
+    }
+    sample.must(expired.clone());
+    let volume = sample.volume_of("v1");
+    assert_eq!(volume.status, VolumeStatus::InUse);
+    assert_eq!(volume.attachments[0].state, AttachmentState::Attached);
+    assert!(volume.fault.as_ref().is_some_and(|fault| fault.contains("s1")), "{:?}", volume.fault);
+    // What the host reports of the old try frees nothing, and it is not given up twice.
+    let late = VolumeCommand::Detached { volume_id: "v1".into(), generation: 1 };
+    assert_eq!(sample.volume(late.clone()), Outcome::Ignored);
+    assert_eq!(sample.must(expired.clone()), Outcome::Ignored);
+
+    sample.volume(detach("v1", "s1"));
+    assert_eq!(sample.volume_of("v1").fault, None);
+    sample.volume(late);
+    assert_eq!(sample.volume_of("v1").status, VolumeStatus::Available);
 }
 
 #[test]

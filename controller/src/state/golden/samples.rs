@@ -289,6 +289,7 @@ fn volume() -> Vec<VolumeCommand> {
         VolumeCommand::Gone("v".into()),
         VolumeCommand::Attached { volume_id: volume_id(), generation: 2 },
         VolumeCommand::AttachFailed { volume_id: volume_id(), generation: 2, reason: "no".into() },
+        VolumeCommand::DetachExpired { volume_id: volume_id(), generation: 2, asked_ms: 5 },
         VolumeCommand::Detached { volume_id: volume_id(), generation: 2 },
     ]
 }

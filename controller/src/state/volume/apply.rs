@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::{
-    Attachment, AttachmentState, Homed, NewVolume, Volume, VolumeCommand, VolumeStatus, Volumes,
+    Attachment, AttachmentState, DETACH_MS_MAX, Homed, NewVolume, Volume, VolumeCommand,
+    VolumeStatus, Volumes,
 };
 use crate::ids::{AttachmentId, HostId, ServerId, VolumeId};
 use crate::state::cluster::DEFAULT_ZONE;
@@ -71,13 +72,18 @@ impl State {
             VolumeCommand::Attached { volume_id, generation } => {
                 self.attached(volume_id, *generation)
             }
-            VolumeCommand::AttachFailed { volume_id, generation, reason: _ }
-            | VolumeCommand::Detached { volume_id, generation } => {
+            VolumeCommand::AttachFailed { volume_id, generation, reason: _ } => {
                 if self.attachment_of(volume_id, *generation).is_none() {
                     return Ok(Outcome::Ignored);
                 }
                 self.free_volume(volume_id);
                 Ok(Outcome::Done)
+            }
+            VolumeCommand::DetachExpired { volume_id, generation, asked_ms } => {
+                self.detach_expired(volume_id, *generation, *asked_ms)
+            }
+            VolumeCommand::Detached { volume_id, generation } => {
+                self.detached(volume_id, *generation)
             }
         }
     }
@@ -220,6 +226,7 @@ impl State {
             delete_on_termination: request.delete_on_termination,
             tag: request.tag.cloned(),
             attached_ms: now,
+            detaching_ms: None,
         };
         volume.attachments = vec![attachment.clone()];
         let attached = self.volume.by_server.entry(server_id.clone()).or_default();
@@ -277,6 +284,7 @@ impl State {
         let host = self.compute.servers.get(server_id).and_then(|server| server.host);
         let home = self.volume.volumes.get(id).and_then(|volume| volume.home);
         let cut_off = self.is_fenced(host) && !self.is_fenced(home);
+        let expires = self.cluster.has(2);
         let volume = self.volume_mut(id)?;
         let Some(attachment) = volume.attachments.iter_mut().find(|a| a.server_id == *server_id)
         else {
@@ -295,6 +303,8 @@ impl State {
             }
             AttachmentState::Attached => {
                 attachment.state = AttachmentState::Detaching;
+                attachment.detaching_ms = expires.then_some(now);
+                volume.fault = None;
                 volume.status = VolumeStatus::Detaching;
                 volume.updated_ms = now;
             }
@@ -325,6 +335,54 @@ impl State {
         Ok(Outcome::Done)
     }
 
+    /// The guest has let go. A report that comes after the detachment was given up is of the past:
+    /// the host plugs the volume in again.
+    fn detached(&mut self, id: &VolumeId, generation: u64) -> Result<Outcome, Rejection> {
+        let attachment = self.attachment_of(id, generation);
+        let given_up = |a: &Attachment| a.state != AttachmentState::Detaching;
+        if attachment.is_none_or(|a| self.cluster.has(2) && given_up(a)) {
+            return Ok(Outcome::Ignored);
+        }
+        self.free_volume(id);
+        Ok(Outcome::Done)
+    }
+
+    fn detach_expired(
+        &mut self,
+        id: &VolumeId,
+        generation: u64,
+        asked_ms: u64,
+    ) -> Result<Outcome, Rejection> {
+        let now = self.time_ms;
+        let waiting = self.attachment_of(id, generation).is_some_and(|attachment| {
+            attachment.state == AttachmentState::Detaching
+                && attachment.detaching_ms == Some(asked_ms)
+        });
+        if !waiting {
+            return Ok(Outcome::Ignored);
+        }
+        if now.saturating_sub(asked_ms) < DETACH_MS_MAX {
+            let message = format!(
+                "Volume {id} has been detaching since {asked_ms}; it is given up {DETACH_MS_MAX} ms later."
+            );
+            return Err(Rejection::state("volume", id, message));
+        }
+        let volume = self.volume_mut(id)?;
+        volume.status = VolumeStatus::InUse;
+        volume.updated_ms = now;
+        for attachment in &mut volume.attachments {
+            attachment.state = AttachmentState::Attached;
+            attachment.detaching_ms = None;
+            volume.fault = Some(format!(
+                "Detaching {} failed: the guest of instance {} did not let go of the disk within {} s. It stays attached; detach it again, or stop the instance first.",
+                attachment.device,
+                attachment.server_id,
+                DETACH_MS_MAX / 1000
+            ));
+        }
+        Ok(Outcome::Done)
+    }
+
     /// Ends a volume's attachment.
     pub(in crate::state) fn free_volume(&mut self, id: &VolumeId) {
         let now = self.time_ms;
@@ -332,6 +390,7 @@ impl State {
         let servers: Vec<ServerId> =
             volume.attachments.drain(..).map(|attachment| attachment.server_id).collect();
         volume.status = VolumeStatus::Available;
+        volume.fault = None;
         volume.updated_ms = now;
         for server in servers {
             forget(&mut self.volume, &server, id);

@@ -76,6 +76,16 @@ pub enum VolumeCommand {
         /// Why.
         reason: String,
     },
+    /// The guest did not let go of it in time: it stays attached. Refused before the time is over,
+    /// by the time that the leader stamped.
+    DetachExpired {
+        /// The volume.
+        volume_id: VolumeId,
+        /// The attachment's generation.
+        generation: u64,
+        /// When the detachment began that is over.
+        asked_ms: u64,
+    },
     /// Observed: the guest no longer has it and nothing can write through it.
     Detached {
         /// The volume.

@@ -31,7 +31,7 @@ pub struct Homed {
 /// Cinder's `status`.
 ///
 /// ```text
-/// creating ──► available ──► attaching ──► in-use ──► detaching ──► available
+/// creating ──► available ──► attaching ──► in-use ◄──► detaching ──► available
 ///    │             │
 ///    └──► error    └──► deleting ──► gone
 /// ```
@@ -95,7 +95,7 @@ pub struct Volume {
     pub bootable: bool,
     /// Cinder's status.
     pub status: VolumeStatus,
-    /// Why it is in error.
+    /// Why it is in error, or why it is still attached.
     pub fault: Option<String>,
     /// The host whose storage process is its only gate.
     pub home: Option<HostId>,
@@ -109,7 +109,17 @@ pub struct Volume {
     pub updated_ms: u64,
 }
 
+/// How long a guest is asked to let go of a volume, by the leader's time: then the volume stays
+/// attached, as in Nova after its tries, and can be detached later.
+pub const DETACH_MS_MAX: u64 = 60_000;
+
 /// Where an attachment is in its life.
+///
+/// ```text
+/// attaching ──► attached ──► detaching ──► (gone)
+///     │            ▲             │
+///     └─► (gone)   └─ too long ──┘
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AttachmentState {
@@ -142,4 +152,8 @@ pub struct Attachment {
     pub tag: Option<String>,
     /// When it was asked for.
     pub attached_ms: u64,
+    /// Since when the guest has been asked to let go of it. After [`DETACH_MS_MAX`] it stays
+    /// attached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detaching_ms: Option<u64>,
 }
