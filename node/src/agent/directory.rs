@@ -45,6 +45,8 @@ pub(crate) struct Record {
 pub(crate) enum Life {
     /// It lives; this is what its VMM says and the process itself.
     Running(Box<Status>, Held),
+    /// A process lives, and does not say that it is this guest: why.
+    Silent(String),
     /// It ended by itself, or died.
     Ended(String),
     /// It was ended by the node, by the end of the host, or never started.
@@ -128,18 +130,27 @@ impl GuestDirectory {
         if flock(&exit, FlockOperation::NonBlockingLockExclusive).is_ok() {
             return Ok(dead(record, exit));
         }
-        let client = self.connect()?;
-        let status = client.status().map_err(io::Error::other)?;
-        if status.nonce != record.nonce {
-            return Err(io::Error::other(format!(
-                "the VMM in {} is another guest's: its nonce differs",
-                self.path.display()
-            )));
-        }
+        let status = self.connect().and_then(|vmm| vmm.status().map_err(io::Error::other));
+        let status = match status {
+            Ok(status) if status.nonce == record.nonce => status,
+            Ok(_) => return Ok(Life::Silent("it is another guest's: its nonce differs".into())),
+            Err(error) => return Ok(Life::Silent(error.to_string())),
+        };
         let process = ProcessRecord::of(status.pid)?.hold();
         let process =
             process.ok_or_else(|| io::Error::other("the VMM ended while it was asked"))?;
         Ok(Life::Running(Box::new(status), process))
+    }
+
+    /// Whether a process lives that was started in it.
+    pub(crate) fn is_held(&self) -> bool {
+        let exit = File::open(self.path.join("exit.json"));
+        exit.is_ok_and(|exit| flock(&exit, FlockOperation::NonBlockingLockExclusive).is_err())
+    }
+
+    /// The server whose directory it is, by its name.
+    pub(crate) fn server_id(&self) -> Option<&str> {
+        self.path.file_name()?.to_str()
     }
 
     /// The console's last bytes, at most `limit`.

@@ -100,10 +100,14 @@ impl Agent {
             Observation::Running(held, _) => held.try_clone().ok(),
             _ => None,
         });
+        let silent = self.with_world(|world| {
+            world.guests.get(id).is_some_and(|guest| matches!(guest.life, Observation::Silent))
+        });
+        anyhow::ensure!(!silent, "the VMM of {id} does not say which process it is");
         if let Some(process) = pidfd {
             anyhow::ensure!(process.kill(), "the VMM of {id} does not end");
         }
-        self.with_world(|world| world.refresh_guest(id));
+        self.refresh_guest(id);
         Ok(())
     }
 

@@ -171,6 +171,14 @@ impl Agent {
         look(&mut self.inner.world.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Looks at a guest anew; blocks for as long as its VMM takes to answer.
+    fn refresh_guest(&self, id: &ServerId) {
+        if let Some(look) = self.with_world(|world| world.look_at(id)) {
+            let seen = look.take();
+            self.with_world(|world| world.saw(seen));
+        }
+    }
+
     fn with_core<T>(&self, decide: impl FnOnce(&mut AgentCore) -> T) -> T {
         decide(&mut self.inner.core.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -199,7 +207,7 @@ impl Agent {
             if let Err(error) = crate::process_end::process_end(pidfd).await {
                 warn!(server_id = %server, %error, "agent: cannot watch a guest's process");
             }
-            agent.with_world(|world| world.refresh_guest(&server));
+            agent.refresh_guest(&server);
             agent.wake();
         });
     }
@@ -256,8 +264,11 @@ impl Agent {
                     Ok(status) => world.saw_switch(&status),
                     Err(error) => debug!(%error, "agent: the switch does not answer"),
                 }
-                world.refresh_guests();
             });
+            for look in agent.with_world(|world| world.looks_due()) {
+                let seen = look.take();
+                agent.with_world(|world| world.saw(seen));
+            }
         });
         if let Err(error) = looked.await {
             warn!(%error, "agent: looking around failed");
@@ -321,11 +332,18 @@ pub(crate) fn stop_guests(guests: &Path) -> Result<usize> {
     let mut stopped = 0;
     for directory in GuestDirectory::all(guests)? {
         let Some(mut record) = directory.record() else { continue };
-        if let Life::Running(_, process) = directory.life(&record)? {
-            record.stopped = true;
-            directory.write(&record)?;
-            anyhow::ensure!(process.kill(), "guest {} does not end", record.server_id);
-            stopped += 1;
+        match directory.life(&record)? {
+            Life::Running(_, process) => {
+                record.stopped = true;
+                directory.write(&record)?;
+                anyhow::ensure!(process.kill(), "guest {} does not end", record.server_id);
+                stopped += 1;
+            }
+            Life::Silent(why) => anyhow::bail!(
+                "guest {} lives, and its VMM does not say which process it is: {why}",
+                record.server_id
+            ),
+            Life::Ended(_) | Life::Absent => {}
         }
     }
     Ok(stopped)

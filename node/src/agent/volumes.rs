@@ -88,7 +88,7 @@ impl Agent {
         // Where an earlier try went through and its answer was lost, a second connection to the
         // volume would cut off the one that the guest uses.
         if self.vmm(server)?.status()?.disks.contains(&disk_id(&wanted.volume)) {
-            self.with_world(|world| world.refresh_guest(server));
+            self.refresh_guest(server);
             return Ok(());
         }
         let mut storage = self.storage()?;
@@ -116,7 +116,7 @@ impl Agent {
         let config = DiskConfig { id: disk_id(&wanted.volume), source, read_only: false, serial };
         let added = self.vmm(server)?.add_disk(config, &[disk.descriptor.as_fd()]);
         added.context("the VMM did not take the disk")?;
-        self.with_world(|world| world.refresh_guest(server));
+        self.refresh_guest(server);
         Ok(())
     }
 
@@ -140,7 +140,7 @@ impl Agent {
             let replaced =
                 agent.vmm(&server)?.replace_disk(&disk_id(&lost.volume), disk.descriptor.as_fd());
             replaced.context("the VMM did not take the connection")?;
-            agent.with_world(|world| world.refresh_guest(&server));
+            agent.refresh_guest(&server);
             Ok(())
         })
         .await
@@ -160,7 +160,7 @@ impl Agent {
                 }
                 _ => {}
             }
-            agent.with_world(|world| world.refresh_guest(&server));
+            agent.refresh_guest(&server);
             Ok(())
         })
         .await
@@ -185,7 +185,7 @@ impl Agent {
                 removed => removed.context("the guest keeps the disk")?,
             }
             agent.give_back(&mut agent.storage()?, &server, &leaving)?;
-            agent.with_world(|world| world.refresh_guest(&server));
+            agent.refresh_guest(&server);
             Ok(())
         })
         .await?;

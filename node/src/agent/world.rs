@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use controller::api::SubState;
 use controller::ids::{PortId, ServerId, VolumeId};
 use controller::plan::observed::{self, GuestState, Observed};
 use controller::plan::view::{HostView, SwitchView};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::directory::{GuestDirectory, Life, Record};
 use super::{GuestStatus, StageTime};
@@ -18,6 +18,8 @@ use crate::process::Held;
 
 /// Prefix of a volume's disk id in a VMM.
 const VOLUME_DISK: &str = "volume-";
+/// A VMM that did not answer is asked again after this time: each question may take seconds.
+const SILENT_PAUSE: Duration = Duration::from_secs(10);
 
 /// The id that a volume has as a disk of a VMM.
 pub(super) fn disk_id(volume: &VolumeId) -> String {
@@ -33,13 +35,39 @@ pub(super) struct Guest {
     disconnected: BTreeSet<VolumeId>,
     /// What its start took, where this agent started it.
     stages: Vec<StageTime>,
+    /// When its VMM was last asked in vain.
+    silent: Option<Instant>,
 }
 
 /// How a guest is, with what is needed to end it.
 pub(super) enum Observation {
     Running(Held, u32),
+    /// A process lives that does not say that it is this guest.
+    Silent,
     Ended(String),
     Absent,
+}
+
+/// A guest to be looked at. Its VMM may take long to answer, so the world is not held meanwhile.
+pub(super) struct Look {
+    id: ServerId,
+    directory: GuestDirectory,
+    record: Record,
+}
+
+/// What was seen of a guest.
+pub(super) struct Seen {
+    id: ServerId,
+    record: Record,
+    life: std::io::Result<(Observation, Disks)>,
+}
+
+impl Look {
+    /// Looks; blocks for a few seconds at most.
+    pub(super) fn take(self) -> Seen {
+        let life = observe(&self.directory, &self.record);
+        Seen { id: self.id, record: self.record, life }
+    }
 }
 
 /// What the agent observes.
@@ -78,16 +106,21 @@ impl World {
             revision: 0,
         };
         for directory in GuestDirectory::all(guests)? {
-            let Some(record) = directory.record() else {
-                // Its start was cut off before anything ran.
-                directory.remove()?;
+            let record = directory.record();
+            let own = |record: &Record| directory.server_id() == Some(&record.server_id);
+            let Some(record) = record.filter(own) else {
+                if directory.is_held() {
+                    warn!(?directory, "agent: a process lives in a directory without its record");
+                } else {
+                    // Its start was cut off before anything ran.
+                    directory.remove()?;
+                }
                 continue;
             };
             let id = ServerId::from(record.server_id.clone());
-            let (life, disks) = observe(&directory, &record)?;
-            let mut guest = Guest::new(record, life);
-            guest.saw(disks);
-            world.guests.insert(id, guest);
+            let guest = Guest::new(record.clone(), Observation::Absent);
+            world.guests.insert(id.clone(), guest);
+            world.saw(Look { id, directory, record }.take());
         }
         Ok(world)
     }
@@ -135,15 +168,25 @@ impl World {
         running.collect()
     }
 
-    /// Looks at one guest anew.
-    pub(super) fn refresh_guest(&mut self, id: &ServerId) {
-        let Some(guest) = self.guests.get_mut(id) else { return };
+    /// How to look at one guest anew.
+    pub(super) fn look_at(&self, id: &ServerId) -> Option<Look> {
+        let guest = self.guests.get(id)?;
         let directory = GuestDirectory::of(&self.directory, id.as_str());
         // A guest that is being ended has a newer record on disk.
-        if let Some(record) = directory.record() {
-            guest.record = record;
+        let record = directory.record().unwrap_or_else(|| guest.record.clone());
+        Some(Look { id: id.clone(), directory, record })
+    }
+
+    /// Takes over what was seen of a guest, where it wasn't started anew meanwhile.
+    pub(super) fn saw(&mut self, seen: Seen) {
+        let Seen { id, record, life } = seen;
+        let Some(guest) = self.guests.get_mut(&id) else { return };
+        if guest.record.nonce != record.nonce {
+            return;
         }
-        match observe(&directory, &guest.record) {
+        guest.record = record;
+        match life {
+            Ok((Observation::Silent, _)) => guest.is_silent(),
             Ok((life, disks)) => {
                 guest.life = life;
                 guest.saw(disks);
@@ -154,21 +197,25 @@ impl World {
 
     /// Servers whose guest runs or is being started.
     pub(super) fn live_guests(&self) -> Vec<ServerId> {
-        let runs = |guest: &Guest| matches!(guest.life, Observation::Running(..));
+        let runs =
+            |guest: &Guest| matches!(guest.life, Observation::Running(..) | Observation::Silent);
         let running = self.guests.iter().filter(|(_, guest)| runs(guest)).map(|(id, _)| id);
         running.chain(self.starting.keys()).cloned().collect()
     }
 
-    /// Looks anew at guests whose process has ended, and at those with volumes, whose connections
-    /// may be lost.
-    pub(super) fn refresh_guests(&mut self) {
-        let ended = self.guests.iter().filter(|(_, guest)| match &guest.life {
-            Observation::Running(held, _) => held.has_ended() || !guest.volumes.is_empty(),
-            _ => false,
+    /// Which guests are to be looked at anew: those whose process has ended, those with volumes, whose
+    /// connections may be lost, and, less often, those that were silent.
+    pub(super) fn looks_due(&self) -> Vec<Look> {
+        let due = self.guests.iter().filter(|(_, guest)| {
+            let asked_lately = guest.silent.is_some_and(|at| at.elapsed() < SILENT_PAUSE);
+            match &guest.life {
+                Observation::Running(held, _) if held.has_ended() => true,
+                Observation::Running(..) => !guest.volumes.is_empty() && !asked_lately,
+                Observation::Silent => !asked_lately,
+                Observation::Ended(_) | Observation::Absent => false,
+            }
         });
-        for id in ended.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
-            self.refresh_guest(&id);
-        }
+        due.filter_map(|(id, _)| self.look_at(id)).collect()
     }
 
     pub(super) fn saw_storage(&mut self, status: &storage::control::Status) {
@@ -238,10 +285,22 @@ impl World {
 impl Guest {
     pub(super) fn new(record: Record, life: Observation) -> Guest {
         let (volumes, disconnected) = Default::default();
-        Guest { record, life, volumes, disconnected, stages: Vec::new() }
+        Guest { record, life, volumes, disconnected, stages: Vec::new(), silent: None }
+    }
+
+    /// What was known of it stays: its process lives.
+    fn is_silent(&mut self) {
+        if self.silent.replace(Instant::now()).is_none() {
+            let server_id = &self.record.server_id;
+            warn!(%server_id, "agent: a guest's VMM does not answer, or is another's");
+        }
+        if !matches!(&self.life, Observation::Running(held, _) if !held.has_ended()) {
+            self.life = Observation::Silent;
+        }
     }
 
     fn saw(&mut self, disks: Disks) {
+        self.silent = None;
         (self.volumes, self.disconnected) = (disks.volumes, disks.disconnected);
     }
 
@@ -249,7 +308,7 @@ impl Guest {
         observed::Guest {
             generation: self.record.generation,
             state: match &self.life {
-                Observation::Running(..) => GuestState::Running,
+                Observation::Running(..) | Observation::Silent => GuestState::Running,
                 Observation::Ended(why) => GuestState::Ended(why.clone()),
                 Observation::Absent => GuestState::Absent,
             },
@@ -261,6 +320,7 @@ impl Guest {
     fn status(&self, id: &ServerId) -> GuestStatus {
         let (state, pid) = match &self.life {
             Observation::Running(_, pid) => ("running", Some(*pid)),
+            Observation::Silent => ("silent", None),
             Observation::Ended(_) => ("ended", None),
             Observation::Absent => ("absent", None),
         };
@@ -277,7 +337,7 @@ impl Guest {
 
 /// Volumes of a guest as its VMM tells of them.
 #[derive(Default)]
-struct Disks {
+pub(super) struct Disks {
     volumes: BTreeSet<VolumeId>,
     disconnected: BTreeSet<VolumeId>,
 }
@@ -295,7 +355,95 @@ fn observe(directory: &GuestDirectory, record: &Record) -> std::io::Result<(Obse
             };
             (Observation::Running(process, status.pid), disks)
         }
+        Life::Silent(why) => {
+            debug!(?directory, why, "agent: a VMM is silent");
+            (Observation::Silent, Disks::default())
+        }
         Life::Ended(why) => (Observation::Ended(why), Disks::default()),
         Life::Absent => (Observation::Absent, Disks::default()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    fn record(server_id: &str) -> Record {
+        Record {
+            server_id: server_id.into(),
+            generation: 1,
+            nonce: "own".into(),
+            boot_id: crate::process::boot_id(),
+            ports: vec![],
+            stopped: false,
+        }
+    }
+
+    /// A VMM that answers one question with a nonce.
+    fn answer(listener: UnixListener, nonce: &str) -> std::thread::JoinHandle<()> {
+        let status = serde_json::json!({"status": {
+            "id": "s", "nonce": nonce, "pid": std::process::id(), "state": "running",
+            "disks": [], "disks_leaving": [], "nets": [],
+            "timings": vmm::control::Timings::default(),
+        }});
+        std::thread::spawn(move || {
+            let (socket, _) = listener.accept().expect("the agent connects");
+            abi::control::receive(&socket).expect("a whole frame").expect("a question");
+            let answer = status.to_string();
+            abi::control::send(&socket, answer.as_bytes(), &[]).expect("it listens");
+        })
+    }
+
+    #[test]
+    fn a_silent_vmm_stops_nobody_and_is_taken_for_neither_ended_nor_another() {
+        let guests = tempfile::tempdir().expect("a directory");
+        let directory = |id| GuestDirectory::of(guests.path(), id);
+        let _hung = directory("hung").prepare(&record("hung")).expect("prepared");
+        let foreign = directory("foreign").prepare(&record("foreign")).expect("prepared");
+        let asked = answer(foreign.control, "another's");
+
+        let mut world = World::find(guests.path()).expect("the node starts");
+        asked.join().expect("it was asked");
+        for id in ["hung", "foreign"].map(ServerId::from) {
+            let guest = &world.guests[&id];
+            assert!(matches!(guest.life, Observation::Silent), "{id}");
+            assert_eq!(guest.observed().state, GuestState::Running, "{id}");
+        }
+        assert!(world.looks_due().is_empty(), "they are asked again after a pause");
+
+        // Once its process is gone, it is no longer silent.
+        drop(foreign.exit);
+        let look = world.look_at(&"foreign".into()).expect("it is known");
+        world.saw(look.take());
+        assert!(matches!(world.guests["foreign"].life, Observation::Ended(_)));
+    }
+
+    #[test]
+    fn what_was_seen_of_a_process_is_not_taken_for_its_successor() {
+        let guests = tempfile::tempdir().expect("a directory");
+        let directory = GuestDirectory::of(guests.path(), "s");
+        drop(directory.prepare(&record("s")).expect("prepared"));
+        let mut world = World::find(guests.path()).expect("found");
+        let seen = world.look_at(&"s".into()).expect("it is known").take();
+        let newer = Record { nonce: "newer".into(), ..record("s") };
+        world.guests.insert("s".into(), Guest::new(newer, Observation::Absent));
+        world.saw(seen);
+        assert!(matches!(world.guests["s"].life, Observation::Absent));
+    }
+
+    #[test]
+    fn a_directory_that_a_process_holds_is_left_alone_whatever_its_record_says() {
+        let guests = tempfile::tempdir().expect("a directory");
+        let held = GuestDirectory::of(guests.path(), "held");
+        let prepared = held.prepare(&record("another")).expect("prepared");
+        GuestDirectory::of(guests.path(), "cut-off").prepare(&record("x")).map(drop).expect("made");
+        let world = World::find(guests.path()).expect("found");
+        assert!(world.guests.is_empty());
+        let left = || std::fs::read_dir(guests.path()).expect("it is there").count();
+        assert_eq!(left(), 1, "only what nobody holds is removed");
+        drop(prepared);
+        World::find(guests.path()).expect("found");
+        assert_eq!(left(), 0);
+    }
 }

@@ -2,6 +2,8 @@
 
 use super::{BalloonStatus, CONTROL_VERSION, Envelope, Reply, Request, Status};
 use crate::config::{DiskConfig, NetConfig};
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -10,6 +12,8 @@ use std::time::Duration;
 
 /// Longest wait for a reply: a removal waits 10 s for the guest.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longest wait for what is answered at once: connecting, and the status.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
@@ -37,9 +41,15 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects to a control socket.
+    /// Connects to a control socket. A VMM that hangs is not waited for.
     pub fn connect(path: &Path) -> Result<Client, ControlError> {
-        let socket = UnixStream::connect(path)?;
+        let io = io::Error::from;
+        let (family, flags) = (AddressFamily::UNIX, SocketFlags::CLOEXEC);
+        let socket = net::socket_with(family, SocketType::STREAM, flags, None).map_err(io)?;
+        // It bounds the wait for a place among the connections that wait to be accepted, too.
+        sockopt::set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_TIMEOUT)).map_err(io)?;
+        net::connect(&socket, &SocketAddrUnix::new(path).map_err(io)?).map_err(io)?;
+        let socket = UnixStream::from(socket);
         socket.set_read_timeout(Some(REPLY_TIMEOUT))?;
         Ok(Client { socket })
     }
@@ -72,6 +82,13 @@ impl Client {
 
     /// Who this is and how it is.
     pub fn status(&self) -> Result<Status, ControlError> {
+        self.socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        let status = self.ask_status();
+        self.socket.set_read_timeout(Some(REPLY_TIMEOUT))?;
+        status
+    }
+
+    fn ask_status(&self) -> Result<Status, ControlError> {
         match self.request(Request::Status, &[])? {
             (Reply::Status(status), _) => Ok(status),
             (other, _) => Err(ControlError::Protocol(format!("unexpected reply {other:?}"))),
