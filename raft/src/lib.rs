@@ -127,7 +127,30 @@ impl std::fmt::Debug for Entry {
 /// Runs on the leader before a command enters the log (placement is decided here).
 pub trait Prepare: Send + Sync + 'static {
     /// Returns the command to replicate. It may run more than once for one command id.
-    fn prepare(&self, command: Vec<u8>) -> Vec<u8>;
+    fn prepare(&self, command: Vec<u8>) -> Prepared;
+}
+
+/// A command as it enters the log.
+pub struct Prepared {
+    /// Its bytes.
+    pub command: Vec<u8>,
+    /// Dropped once the command has its outcome here, or nobody waits for one any more.
+    pub held: Option<Box<dyn std::any::Any + Send>>,
+}
+
+impl Prepared {
+    /// A command that nothing is held for.
+    pub fn bare(command: Vec<u8>) -> Self {
+        Self { command, held: None }
+    }
+}
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared")
+            .field("command_bytes", &self.command.len())
+            .finish_non_exhaustive()
+    }
 }
 
 /// A [`Prepare`] that leaves every command as it is.
@@ -135,8 +158,8 @@ pub trait Prepare: Send + Sync + 'static {
 pub struct Unprepared;
 
 impl Prepare for Unprepared {
-    fn prepare(&self, command: Vec<u8>) -> Vec<u8> {
-        command
+    fn prepare(&self, command: Vec<u8>) -> Prepared {
+        Prepared::bare(command)
     }
 }
 

@@ -298,10 +298,12 @@ impl<S: StateMachine> Core<S> {
             };
         }
         let prepared = self.prepare.prepare(command);
-        if prepared.len() > COMMAND_BYTES_MAX {
+        if prepared.command.len() > COMMAND_BYTES_MAX {
             return Attempt::Rejected("the prepared command is too large".to_owned());
         }
-        let command = Command { time_ms: self.stamp(), id: command_id, data: Arc::from(prepared) };
+        let data = Arc::from(prepared.command);
+        let command = Command { time_ms: self.stamp(), id: command_id, data };
+        let _held = prepared.held;
         match self.raft.client_write(command).await {
             Ok(response) => {
                 Attempt::Done(Proposed { index: response.log_id.index, outcome: response.data })

@@ -307,9 +307,9 @@ async fn a_node_whose_disk_fails_says_so_and_refuses_everything() {
 struct Suffix;
 
 impl Prepare for Suffix {
-    fn prepare(&self, mut command: Vec<u8>) -> Vec<u8> {
+    fn prepare(&self, mut command: Vec<u8>) -> raft::Prepared {
         command.extend_from_slice(b" prepared");
-        command
+        raft::Prepared::bare(command)
     }
 }
 

@@ -1,10 +1,10 @@
 //! A host's node process: started, killed, powered off with its machine.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use controller::ids::HostId;
-use controller::plan::{self, InFlight};
+use controller::plan::{self, SharedInFlight};
 use controller::state::Command;
 use raft::sim::Loss;
 
@@ -94,21 +94,25 @@ struct Placing {
     world: World,
     host: HostId,
     table: Table,
-    in_flight: Mutex<InFlight>,
+    in_flight: SharedInFlight,
 }
 
 impl Placing {
     fn new(world: &World, host: HostId, table: &Table) -> Placing {
-        Placing { world: world.clone(), host, table: table.clone(), in_flight: Mutex::default() }
+        Placing {
+            world: world.clone(),
+            host,
+            table: table.clone(),
+            in_flight: SharedInFlight::default(),
+        }
     }
 }
 
 impl raft::Prepare for Placing {
-    fn prepare(&self, bytes: Vec<u8>) -> Vec<u8> {
-        let mut in_flight = self.in_flight.lock().unwrap_or_else(PoisonError::into_inner);
+    fn prepare(&self, bytes: Vec<u8>) -> raft::Prepared {
         let (Ok(mut command), Some(node)) = (Command::decode(&bytes), self.world.node(self.host))
         else {
-            return bytes;
+            return raft::Prepared::bare(bytes);
         };
         let state = node.raft.view();
         let now = self.world.host(self.host, |hardware| hardware.clock(runtime::now()));
@@ -116,7 +120,10 @@ impl raft::Prepare for Placing {
         let leases = self.table.lock();
         let mut changed = leases.prepare_fence(&mut command);
         let liveness = leases.liveness(hosts, now.unwrap_or_default());
-        changed |= plan::prepare(&state, &liveness, &mut in_flight, &mut command);
-        if changed { command.encode() } else { bytes }
+        let (placed, promise) =
+            plan::prepare_held(&state, &liveness, &self.in_flight, &mut command);
+        changed |= placed;
+        let command = if changed { command.encode() } else { bytes };
+        raft::Prepared { command, held: promise.map(|promise| Box::new(promise) as _) }
     }
 }

@@ -23,7 +23,7 @@ pub use evacuation::evacuation;
 pub use host_view::host_view;
 pub use keys::{keys_to_forget, reseal, rotate_token_keys, token_keys};
 pub use level::raise_feature_level;
-pub use prepare::prepare;
+pub use prepare::{Promise, SharedInFlight, prepare, prepare_held};
 pub use schedule::{IN_FLIGHT_MAX, InFlight, Liveness, schedule};
 pub use steps::{Step, plan};
 pub use upkeep::{UPKEEP_COMMANDS_MAX, UPLOAD_MS_MAX, interrupted_uploads, upkeep};

@@ -23,7 +23,8 @@ pub struct Liveness {
     pub up: BTreeSet<HostId>,
 }
 
-/// Placements that the leader made and that aren't applied yet.
+/// Placements that the leader made and whose commands are under way. Each ends with its command:
+/// one that is refused, or lost with the leader, must not hold its host's room.
 #[derive(Clone, Debug, Default)]
 pub struct InFlight {
     servers: BTreeMap<ServerId, Promise>,
@@ -75,10 +76,15 @@ impl InFlight {
         self.volumes.retain(|_, (sequence, _, _)| *sequence >= oldest);
     }
 
-    /// Forgets one server's or volume's placement, because its command was refused.
-    pub fn forget(&mut self, id: &str) {
-        self.servers.remove(id);
-        self.volumes.remove(id);
+    /// The number of the last promise.
+    pub fn last(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Ends a promise, because its command has an outcome: what was done is in the state now.
+    pub fn end(&mut self, sequence: u64) {
+        self.servers.retain(|_, promise| promise.sequence != sequence);
+        self.volumes.retain(|_, (promised, _, _)| *promised != sequence);
     }
 
     fn promise_server(&mut self, request: &Request<'_>, host: HostId) {

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use controller::plan::{InFlight, Liveness};
+use controller::plan::{Liveness, SharedInFlight};
 use controller::state::cluster::{Capacity, ClusterCommand, HostAddresses, Init, NewHost};
 use controller::state::{Command, FEATURE_LEVEL, decode_result};
 use futures::future::BoxFuture;
@@ -125,21 +125,19 @@ pub(super) fn command(at: SocketAddr, number: u64) -> Vec<u8> {
 /// What the node does with each command on the leader.
 struct Prepared {
     raft: OnceLock<Raft>,
-    in_flight: std::sync::Mutex<InFlight>,
+    in_flight: SharedInFlight,
 }
 
 impl raft::Prepare for Prepared {
-    fn prepare(&self, bytes: Vec<u8>) -> Vec<u8> {
+    fn prepare(&self, bytes: Vec<u8>) -> raft::Prepared {
         let (Ok(mut command), Some(raft)) = (Command::decode(&bytes), self.raft.get()) else {
-            return bytes;
+            return raft::Prepared::bare(bytes);
         };
-        let mut in_flight =
-            self.in_flight.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let up = Liveness { up: Default::default() };
-        match controller::plan::prepare(&raft.view(), &up, &mut in_flight, &mut command) {
-            true => command.encode(),
-            false => bytes,
-        }
+        let (changed, promise) =
+            controller::plan::prepare_held(&raft.view(), &up, &self.in_flight, &mut command);
+        let command = if changed { command.encode() } else { bytes };
+        raft::Prepared { command, held: promise.map(|promise| Box::new(promise) as _) }
     }
 }
 

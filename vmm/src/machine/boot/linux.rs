@@ -187,8 +187,12 @@ fn load_initrd(
             "{len} bytes do not fit between the kernel's end at {bottom:#x} and {top:#x}; raise memory_mib or make it smaller"
         )));
     }
-    ram.read_exact_volatile_from(GuestAddress(start), &mut Positioned::new(file, &[]), len as usize)
-        .map_err(|error| failed(format!("read {len} bytes: {error}")))?;
+    ram.read_exact_volatile_from(
+        GuestAddress(start),
+        &mut Positioned::new(file, &[]),
+        len as usize,
+    )
+    .map_err(|error| failed(format!("read {len} bytes: {error}")))?;
     Ok((start, len))
 }
 
