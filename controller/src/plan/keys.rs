@@ -75,6 +75,18 @@ pub fn rotate_token_keys(
     ClusterCommand::RotateTokenKeys { rotations, staged: sealer.seal(&staged) }
 }
 
+/// How long the keys of tokens stay in use. A token is verified for some rotations more, which is
+/// far longer than it is valid.
+pub const TOKEN_KEYS_ROTATE_MS: u64 = 12 * 60 * 60 * 1000;
+
+/// Whether the leader is to rotate the keys of tokens, at `now_ms` by its clock. The first two
+/// rotations are due at once: before them there are not yet a staged and a primary key.
+pub fn token_rotation_is_due(state: &State, now_ms: u64) -> bool {
+    let ring = &state.cluster.token_keys;
+    let age = now_ms.max(state.time_ms).saturating_sub(ring.rotated_ms);
+    state.cluster.has(2) && (ring.primary.is_none() || age >= TOKEN_KEYS_ROTATE_MS)
+}
+
 /// The keys that tokens are made with, the first, and verified with, all of them. `derived` is
 /// the key that follows from the cluster's: the one before the second rotation. There is none that
 /// makes tokens where the primary key can't be opened.
@@ -161,6 +173,33 @@ mod tests {
         sample.refused_as(create, RejectionKind::Conflict);
         sample.refused_as(rotate(NEW, OLD), RejectionKind::Invalid);
         sample.refused_as(rotate(OLD, [3; 32]), RejectionKind::Conflict);
+    }
+
+    #[test]
+    fn token_keys_are_rotated_by_stamped_time_and_the_key_of_before_verifies_still() {
+        let sealer = Sealer::new(OLD);
+        let mut sample = Sample::new();
+        let derived = [9; 32];
+        let rotate = |sample: &mut Sample, n: u8| {
+            let ring = &sample.state.cluster.token_keys;
+            let command = rotate_token_keys(ring, &sealer, derived, [n; 32]);
+            sample.must(Command::Cluster(command));
+        };
+        for n in 0..2 {
+            assert!(token_rotation_is_due(&sample.state, sample.state.time_ms), "rotation {n}");
+            rotate(&mut sample, n);
+        }
+        let rotated_ms = sample.state.cluster.token_keys.rotated_ms;
+        assert_eq!(rotated_ms, sample.state.time_ms);
+        let made_with = token_keys(&sample.state.cluster.token_keys, &sealer, derived)[0];
+        assert!(!token_rotation_is_due(&sample.state, rotated_ms + TOKEN_KEYS_ROTATE_MS - 1));
+        assert!(!token_rotation_is_due(&sample.state, 0), "a clock behind the stamped time");
+        assert!(token_rotation_is_due(&sample.state, rotated_ms + TOKEN_KEYS_ROTATE_MS));
+        rotate(&mut sample, 2);
+        let keys = token_keys(&sample.state.cluster.token_keys, &sealer, derived);
+        assert_eq!(keys.len(), 3);
+        assert!(keys[0] != made_with && keys[1..].contains(&made_with));
+        assert!(!token_rotation_is_due(&sample.state, sample.state.time_ms));
     }
 
     #[test]

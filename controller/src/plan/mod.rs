@@ -21,7 +21,10 @@ mod upkeep;
 
 pub use evacuation::evacuation;
 pub use host_view::host_view;
-pub use keys::{keys_to_forget, reseal, rotate_token_keys, token_keys};
+pub use keys::{
+    TOKEN_KEYS_ROTATE_MS, keys_to_forget, reseal, rotate_token_keys, token_keys,
+    token_rotation_is_due,
+};
 pub use level::raise_feature_level;
 pub use prepare::{Promise, SharedInFlight, prepare, prepare_held};
 pub use schedule::{IN_FLIGHT_MAX, InFlight, Liveness, schedule};

@@ -77,7 +77,7 @@ fn cluster_sizes(cluster: &Cluster) -> Vec<Size> {
         next_host_id: _,
         feature_level: _,
         keys: KeyRing { current: _, retiring, retired },
-        token_keys: TokenKeyRing { rotations: _, staged: _, primary: _, secondary },
+        token_keys: TokenKeyRing { rotations: _, staged: _, primary: _, secondary, rotated_ms: _ },
     } = cluster;
     vec![
         size("hosts", hosts.len(), HOSTS_MAX),

@@ -6,7 +6,7 @@ use super::cloud::now_ms;
 use abi::lease;
 use controller::plan::leading::{Chore, Ending, Leading};
 use controller::plan::leases::HEARTBEAT_EVERY;
-use controller::state::decode_result;
+use controller::state::{Command, decode_result};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Notify;
 
@@ -88,7 +88,7 @@ async fn propose(node: &Node, chore: &Chore) -> Ending {
     }
 }
 
-/// After a rotation of keys: seals secrets with the new one, some at a time.
+/// Rotates the keys of tokens in time. After a rotation of the cluster's: seals secrets with the new one, some at a time.
 async fn reseal(node: Arc<Node>) {
     loop {
         if !reseal_some(&node).await {
@@ -107,6 +107,14 @@ async fn reseal_some(node: &Node) -> bool {
     if let Err(lacking) = node.keys.ready(&state.cluster.keys) {
         tracing::debug!(%lacking, "leader: secrets are not sealed anew yet");
         return false;
+    }
+    if controller::plan::token_rotation_is_due(&state, now_ms()) {
+        let (ring, derived) = (&state.cluster.token_keys, node.keys.derived("tokens"));
+        let sealer = node.keys.sealer();
+        let command = controller::plan::rotate_token_keys(ring, sealer, derived, rand::random());
+        let chore = Chore { subject: "keys of tokens".into(), command: Command::Cluster(command) };
+        // Refused where an operator has just rotated them: then it is not due any more.
+        return propose(node, &chore).await == Ending::Applied;
     }
     let commands = controller::plan::reseal(&state, node.keys.sealer(), RESEAL_MAX);
     let some = !commands.is_empty();

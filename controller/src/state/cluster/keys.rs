@@ -88,6 +88,7 @@ impl State {
         staged: &Sealed,
     ) -> Result<Outcome, Rejection> {
         self.check_key(Some(staged))?;
+        let now = self.time_ms;
         let ring = &mut self.cluster.token_keys;
         if ring.rotations != rotations {
             let message = format!(
@@ -104,6 +105,7 @@ impl State {
         }
         ring.secondary.truncate(TOKEN_KEYS_SECONDARY_MAX);
         ring.rotations += 1;
+        ring.rotated_ms = now;
         Ok(Outcome::Done)
     }
 

@@ -58,6 +58,13 @@ pub struct TokenKeyRing {
     pub primary: Option<Sealed>,
     /// Verify still; the newest first.
     pub secondary: Vec<Sealed>,
+    /// When they were rotated last, by the time that the leader stamped; 0 if nobody knows.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub rotated_ms: u64,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// What programs before feature levels support.

@@ -16,6 +16,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// How often the keys of tokens are rotated anew where the leader came in between.
+const ROTATE_TRIES: usize = 4;
 /// How long a member may take to keep a new key.
 const ANSWER_WITHIN: Duration = Duration::from_secs(3);
 /// How long the command waits until everything is sealed anew and the old key is gone. After that
@@ -102,11 +104,19 @@ async fn start(node: &Arc<Node>, state: &State, members: &[HostId]) -> Result<()
 }
 
 async fn rotate_tokens(node: &Arc<Node>) -> Result<()> {
-    let state = node.raft()?.read().await?;
-    node.keys.ready(&state.cluster.keys)?;
-    let (derived, fresh) = (node.keys.derived("tokens"), rand::random());
-    let ring = &state.cluster.token_keys;
-    propose(node, rotate_token_keys(ring, node.keys.sealer(), derived, fresh)).await.map(drop)
+    for _ in 0..ROTATE_TRIES {
+        let state = node.raft()?.read().await?;
+        node.keys.ready(&state.cluster.keys)?;
+        let (derived, fresh) = (node.keys.derived("tokens"), rand::random());
+        let ring = &state.cluster.token_keys;
+        let rotated = propose(node, rotate_token_keys(ring, node.keys.sealer(), derived, fresh));
+        let Err(error) = rotated.await else { return Ok(()) };
+        // The leader rotated them in between; what it staged may be sealed with the old key.
+        if node.raft()?.read().await?.cluster.token_keys.rotations == ring.rotations {
+            return Err(error);
+        }
+    }
+    bail!("the keys of tokens were rotated meanwhile, {ROTATE_TRIES} times; run the command again")
 }
 
 /// Waits until nothing needs the old key and no member holds it; whether that came in time.
