@@ -304,3 +304,27 @@ impl Samples {
         figures
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_built_in_guest_reaches_its_main_within_the_budget() {
+        if File::options().read(true).write(true).open("/dev/kvm").is_err() {
+            eprintln!("SKIPPED: no /dev/kvm");
+            return;
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let counted = Bench::prepare(directory.path()).unwrap().count().unwrap();
+        let figure = |name: &str| {
+            counted.iter().find(|series| series.name == name).map_or(f64::NAN, |series| series.p50)
+        };
+        let floor = figure("calls/floor");
+        for (name, more_max) in [("cold/no-devices", 20.0), ("cold/devices", 28.0)] {
+            let more = figure(&format!("calls/{name}")) - floor;
+            assert!(more <= more_max, "{name}: {more} calls more than the floor's {floor}");
+            assert_eq!(figure(&format!("exits/{name}")), 1.0, "{name}: only the mark itself");
+        }
+    }
+}
