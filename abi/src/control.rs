@@ -92,6 +92,16 @@ fn receive_some(
             descriptors.extend(received);
         }
     }
+    // A frame may come in many pieces, each with descriptors.
+    if descriptors.len() > DESCRIPTORS_MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!(
+                "control frame with {} descriptors; at most {DESCRIPTORS_MAX} are taken",
+                descriptors.len()
+            ),
+        ));
+    }
     Ok(received.bytes)
 }
 
@@ -131,6 +141,21 @@ mod tests {
     fn an_oversized_frame_is_refused_before_it_is_allocated() {
         let (a, b) = UnixStream::pair().unwrap();
         rustix::net::send(&a, &u32::MAX.to_le_bytes(), SendFlags::empty()).unwrap();
+        assert_eq!(receive(&b).unwrap_err().kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[test]
+    fn descriptors_that_come_in_pieces_are_counted_together() {
+        let (a, b) = UnixStream::pair().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let many = [file.as_fd(); DESCRIPTORS_MAX];
+        for byte in 8u32.to_le_bytes() {
+            let mut space =
+                [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&many)));
+            sendmsg(&a, &[IoSlice::new(&[byte])], &mut ancillary, SendFlags::empty()).unwrap();
+        }
         assert_eq!(receive(&b).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 }

@@ -7,6 +7,7 @@ use crate::metadata;
 /// What each crate may use of ours; a crate that is not listed may not exist.
 const ALLOWED: &[(&str, &[&str])] = &[
     ("abi", &[]),
+    ("fuzz", &[]),
     ("controller", &[]),
     ("raft", &[]),
     ("vmm", &["abi"]),

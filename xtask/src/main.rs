@@ -2,6 +2,7 @@
 
 mod conformance;
 mod dependencies;
+mod fuzz;
 mod guest_linux;
 mod licences;
 mod metadata;
@@ -39,6 +40,11 @@ enum Command {
         after_help = "Examples:\n  cargo xtask sim --seeds 1000\n  cargo xtask sim --seed 7 --trace\n  cargo xtask sim --minutes 10\n  cargo xtask sim --mutations"
     )]
     Sim(sim::Arguments),
+    /// Feeds parsers of foreign bytes with inputs that a seed decides.
+    #[command(
+        after_help = "Examples:\n  cargo xtask fuzz\n  cargo xtask fuzz pci --inputs 5000000 --seed 7"
+    )]
+    Fuzz(fuzz::Arguments),
     /// Boots unmodified Linux guests in an emulated host with hardware virtualisation.
     #[command(
         after_help = "Examples:\n  cargo xtask guest-linux\n  cargo xtask guest-linux --short\n  cargo xtask guest-linux --npt 0 reboot_is_a_reset"
@@ -57,6 +63,7 @@ fn main() -> anyhow::Result<()> {
         Command::Fix => verify::fix(),
         Command::Conformance(arguments) => conformance::run(&arguments),
         Command::Sim(arguments) => sim::run(&arguments),
+        Command::Fuzz(arguments) => fuzz::run(&arguments),
         Command::GuestLinux(arguments) => guest_linux::run(&arguments),
         Command::Torture(arguments) => torture::run(&arguments),
     }
