@@ -311,12 +311,7 @@ fn a_guest_says_whether_its_hosts_lease_lets_it_write() {
 }
 
 fn disk(id: &str, index: usize) -> DiskConfig {
-    DiskConfig {
-        id: id.into(),
-        source: DiskSource::Raw(Resource::Descriptor(index)),
-        read_only: false,
-        serial: id.into(),
-    }
+    DiskConfig::new(id, DiskSource::Raw(Resource::Descriptor(index)), id)
 }
 
 fn net(id: &str, indices: [usize; 3]) -> NetConfig {

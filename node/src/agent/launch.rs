@@ -260,10 +260,8 @@ fn disk_configs(
     config_drive: Option<OwnedFd>,
 ) -> Vec<DiskConfig> {
     let mut disk = |id: &str, descriptor, read_only| DiskConfig {
-        id: id.into(),
-        source: DiskSource::Raw(resources.add(descriptor)),
         read_only,
-        serial: id.into(),
+        ..DiskConfig::new(id, DiskSource::Raw(resources.add(descriptor)), id)
     };
     let root = disk("root", root, false);
     let config_drive = config_drive.map(|descriptor| disk("config-drive", descriptor, true));

@@ -112,8 +112,8 @@ impl Agent {
                 (disk, source)
             }
         };
-        let serial = wanted.volume.as_str().chars().take(SERIAL_CHARACTERS).collect();
-        let config = DiskConfig { id: disk_id(&wanted.volume), source, read_only: false, serial };
+        let serial: String = wanted.volume.as_str().chars().take(SERIAL_CHARACTERS).collect();
+        let config = DiskConfig::new(&disk_id(&wanted.volume), source, &serial);
         let added = self.vmm(server)?.add_disk(config, &[disk.descriptor.as_fd()]);
         added.context("the VMM did not take the disk")?;
         self.refresh_guest(server);

@@ -74,10 +74,8 @@ pub fn in_guest(
     let mut config = config(image);
     config.console = Some(Console { file: Resource::Descriptor(2), capacity_bytes: CONSOLE_BYTES });
     let plugged = |id: &str, index, read_only| DiskConfig {
-        id: id.into(),
-        source: DiskSource::Raw(Resource::Descriptor(index)),
         read_only,
-        serial: id.into(),
+        ..DiskConfig::new(id, DiskSource::Raw(Resource::Descriptor(index)), id)
     };
     config.disks = vec![plugged("drive", 3, true), plugged(SERIAL, 4, false)];
     let record = memory_file("exit-record", 0)?;

@@ -190,12 +190,8 @@ pub fn config(image: Image<'_>) -> VmConfig {
 fn plug(config: &mut VmConfig) -> io::Result<Vec<OwnedFd>> {
     let mut plugged = vec![memory_file("disk", DISK_BYTES)?.into()];
     plugged.extend(Region::create()?.descriptors()?);
-    config.disks.push(DiskConfig {
-        id: "disk".into(),
-        source: DiskSource::Raw(Resource::Descriptor(2)),
-        read_only: false,
-        serial: "bench".into(),
-    });
+    let source = DiskSource::Raw(Resource::Descriptor(2));
+    config.disks.push(DiskConfig::new("disk", source, "bench"));
     config.nets.push(NetConfig {
         id: "net".into(),
         mac: "fa:16:3e:00:00:01".into(),

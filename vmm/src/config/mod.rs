@@ -141,6 +141,43 @@ pub struct DiskConfig {
     /// Serial number (VIRTIO_BLK_T_GET_ID), at most 20 bytes are shown to the guest.
     #[serde(default)]
     pub serial: String,
+    /// Queues (VIRTIO_BLK_F_MQ), 1 to 16; as many as the guest has vCPUs is of use.
+    #[serde(default = "one_queue")]
+    pub queues: u16,
+    /// How a raw file is read and written.
+    #[serde(default)]
+    pub engine: DiskEngine,
+}
+
+impl DiskConfig {
+    /// A writable disk with one queue, everything else as the host does best.
+    pub fn new(id: &str, source: DiskSource, serial: &str) -> DiskConfig {
+        DiskConfig {
+            id: id.into(),
+            source,
+            read_only: false,
+            serial: serial.into(),
+            queues: one_queue(),
+            engine: DiskEngine::default(),
+        }
+    }
+}
+
+fn one_queue() -> u16 {
+    1
+}
+
+/// How a raw file is read and written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DiskEngine {
+    /// By io_uring where the host has it and the disk is there at the start, else as `thread`.
+    #[default]
+    Auto,
+    /// By io_uring, or the guest does not start.
+    IoUring,
+    /// By plain system calls of the device's thread.
+    Thread,
 }
 
 /// Where a disk's bytes are.

@@ -2,6 +2,7 @@
 //! key, the value and what would be right.
 
 use super::{BalloonConfig, DiskConfig, HugePages, NetConfig, Resource, VmConfig, VsockConfig};
+use crate::devices::blk::QUEUES_MAX;
 use crate::devices::{balloon, rng, vsock};
 use crate::machine::VCPUS_MAX;
 use crate::machine::boot::CMDLINE_BYTES_MAX;
@@ -210,7 +211,10 @@ impl DiskConfig {
         let serial = (len > NAME_BYTES_MAX).then(|| {
             format!("disk {:?}: serial of {len} bytes; at most {NAME_BYTES_MAX}", self.id)
         });
-        id_problem(&self.id).or(serial)
+        let queues = (!(1..=QUEUES_MAX).contains(&self.queues)).then(|| {
+            format!("disk {:?}: queues: {}; from 1 to {QUEUES_MAX}", self.id, self.queues)
+        });
+        id_problem(&self.id).or(serial).or(queues)
     }
 }
 
@@ -295,6 +299,14 @@ mod tests {
                 "used twice",
             ),
             (r#"{"rng": {"bytes_per_second": 0}}"#, "rng.bytes_per_second"),
+            (
+                r#"{"disks": [{"id": "d", "source": {"raw": {"path": "x"}}, "queues": 17}]}"#,
+                "queues: 17; from 1 to 16",
+            ),
+            (
+                r#"{"disks": [{"id": "d", "source": {"raw": {"path": "x"}}, "engine": "fast"}]}"#,
+                "fast",
+            ),
             (r#"{"rng": {"bytes": 1}}"#, "bytes"),
             (r#"{"balloon": {"target_mib": 65}}"#, "balloon.target_mib: 65; at most"),
             (r#"{"vsock": {"cid": 2, "socket": {"path": "v"}}}"#, "vsock.cid: 2; from 3"),

@@ -169,7 +169,7 @@ fn add_disk(guest: &Guest, disk: &DiskConfig, descriptors: Vec<OwnedFd>) -> Resu
     if let Some(problem) = disk.problem() {
         return Err(Refusal("invalid", problem));
     }
-    add(guest, blk::open(disk, &mut Supply::descriptors(descriptors), guest.lease.clone())?)
+    add(guest, blk::open_inside(disk, &mut Supply::descriptors(descriptors), guest.lease.clone())?)
 }
 
 fn replace_disk(guest: &Guest, id: &str, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {

@@ -62,12 +62,16 @@ impl Act {
 /// A request on its way.
 #[derive(Debug)]
 pub struct Job {
+    /// The queue it came by.
+    pub queue: usize,
     /// The chain's head, for the used ring.
     pub head: u16,
     /// Where its data is.
     pub request: Request,
     /// What it asks for.
     pub act: Act,
+    /// Bytes of its data that are moved already.
+    pub done: usize,
 }
 
 impl Job {

@@ -1,15 +1,17 @@
-//! virtio-blk (virtio 1.2, section 5.2): one queue, one thread.
+//! virtio-blk (virtio 1.2, section 5.2): one or several queues, one thread.
 //!
-//! `request` turns a descriptor chain into a plain request, `execute` decides what it asks for and
-//! carries it out on a raw file, one after another; `nbd` has many under way on a socket.
+//! `request` turns a descriptor chain into a plain request, `execute` decides what it asks for. On a
+//! raw file `ring` has many under way by io_uring; where that is closed, and on disks that are
+//! plugged into a running guest (nothing inside of the sandbox may make a ring), `execute` carries
+//! them out one after another. `nbd` has many under way on a socket.
 //!
 //! # Changes that wait
 //! A write, discard or write-zeroes passes only under the host's lease (`abi::lease`), looked at
-//! right before it is carried out or begun to be sent. Otherwise it is held back, without an error,
+//! right before it is carried out, handed to the kernel or begun to be sent. Otherwise it is held back, without an error,
 //! and tried again every [`LEASE_LOOK`]; so is one that finds the disk full. Reads and flushes go on.
 //!
-//! What passed just before the lease ended is not called back. On a file that is one request of
-//! each disk, inside one system call; the leader waits a margin beyond the lease before it acts,
+//! What passed just before the lease ended is not called back. On a file that is what the kernel
+//! has: one request of each disk, or of a ring's no more than [`ring::CHANGE_BYTES_MAX`]; the leader waits a margin beyond the lease before it acts,
 //! and a call that hangs longer than that changes nothing but this host's own file, which others
 //! reach only through this host's storage process. On a socket it is what was sent and is not
 //! answered; the volume's home cuts this connection off, and waits for what it is executing,
@@ -19,16 +21,18 @@ pub mod execute;
 pub mod link;
 pub mod nbd;
 pub mod request;
+pub mod ring;
 
 use super::chain::{Buffers, copy_in, total};
 use super::{Backend, Device, DeviceError, DeviceKind, Work, borrow};
-use crate::config::{DiskConfig, DiskSource};
+use crate::config::{DiskConfig, DiskEngine, DiskSource};
 use crate::process::resources::{Access, ResourceError, Supply};
 use abi::lease::LeaseView;
 use execute::{Act, Job, perform};
 use link::DiskLink;
 use nbd::{Answer, NbdClient};
 use request::Request;
+use ring::Ring;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::VecDeque;
 use std::fs::File;
@@ -37,9 +41,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR,
-    VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::QueueT;
@@ -47,8 +51,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 /// Bytes of a sector, the unit of every address.
 pub const SECTOR_BYTES: u64 = 512;
-/// Size of the queue.
+/// Size of a queue.
 const QUEUE_SIZE: u16 = 256;
+/// Most queues of a disk.
+pub const QUEUES_MAX: u16 = 16;
+/// Most requests of a disk that are taken and not answered.
+const UNDER_WAY_MAX: usize = ring::ENTRIES as usize;
+/// How soon the kernel is asked again to take what it had no room for.
+const ENTER_RETRY: Duration = Duration::from_millis(1);
 /// Most data pieces of one request.
 const SEGMENTS: u32 = 254;
 /// Most sectors of one discard or write-zeroes request.
@@ -66,8 +76,8 @@ pub const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 /// Where a disk's bytes are.
 #[derive(Debug)]
 pub enum Source {
-    /// A file or block device.
-    Raw(File),
+    /// A file or block device, and what has requests under way on it where there is such a thing.
+    Raw(File, Option<Box<Ring>>),
     /// An NBD server.
     Nbd(Box<NbdClient>),
 }
@@ -83,7 +93,12 @@ pub struct Disk {
     pub read_only: bool,
     /// Its serial number, zero padded.
     pub serial: [u8; SERIAL_BYTES],
+    queues: u16,
     lease: Option<Arc<LeaseView>>,
+    /// Requests that go into the ring next.
+    pending: VecDeque<Job>,
+    /// The kernel did not take all that is in the ring.
+    untaken: bool,
     /// Changes that wait for the lease or for room.
     held: VecDeque<Job>,
     /// When the disk was found full: not before then is it tried again.
@@ -92,11 +107,45 @@ pub struct Disk {
     bad_requests: u64,
 }
 
-/// Opens a disk, whose changes need `lease` where there is one.
+/// Opens a disk before the sandbox closes; its changes need `lease` where there is one.
 pub fn open(
     config: &DiskConfig,
     supply: &mut Supply,
     lease: Option<Arc<LeaseView>>,
+) -> Result<Device, ResourceError> {
+    let ring = |file: &File| match config.engine {
+        DiskEngine::Thread => Ok(None),
+        DiskEngine::Auto => Ok(Ring::new(file).ok()),
+        DiskEngine::IoUring => match Ring::new(file) {
+            Ok(ring) => Ok(Some(ring)),
+            Err(error) => {
+                Err(format!("engine io_uring: {error}; with \"auto\" a thread does its work"))
+            }
+        },
+    };
+    make(config, supply, lease, &ring)
+}
+
+/// Opens a disk inside of the sandbox, where no ring can be made.
+pub fn open_inside(
+    config: &DiskConfig,
+    supply: &mut Supply,
+    lease: Option<Arc<LeaseView>>,
+) -> Result<Device, ResourceError> {
+    let ring = |_: &File| match config.engine {
+        DiskEngine::Auto | DiskEngine::Thread => Ok(None),
+        DiskEngine::IoUring => {
+            Err("engine io_uring: only for disks that are there at the start; use \"auto\"".into())
+        }
+    };
+    make(config, supply, lease, &ring)
+}
+
+fn make(
+    config: &DiskConfig,
+    supply: &mut Supply,
+    lease: Option<Arc<LeaseView>>,
+    ring: &dyn Fn(&File) -> Result<Option<Ring>, String>,
 ) -> Result<Device, ResourceError> {
     let what = format!("disk {:?}", config.id);
     let unusable = |reason: String| ResourceError::Unusable { what: what.clone(), reason };
@@ -108,7 +157,8 @@ pub fn open(
             let size = file
                 .seek(SeekFrom::End(0))
                 .map_err(|error| unusable(format!("find its size: {error}")))?;
-            (Source::Raw(file), size)
+            let ring = ring(&file).map_err(unusable)?;
+            (Source::Raw(file, ring.map(Box::new)), size)
         }
         DiskSource::Nbd { socket, size_bytes } => {
             let socket = supply.stream(socket, &what)?;
@@ -132,7 +182,10 @@ pub fn open(
         sectors,
         read_only: config.read_only,
         serial,
+        queues: config.queues,
         lease,
+        pending: VecDeque::new(),
+        untaken: false,
         held: VecDeque::new(),
         full_until: None,
         link: link.clone(),
@@ -143,7 +196,7 @@ pub fn open(
         kind: DeviceKind::Disk,
         virtio_type: 2,
         features: disk.features(),
-        queue_sizes: vec![QUEUE_SIZE],
+        queue_sizes: vec![QUEUE_SIZE; usize::from(config.queues)],
         queues_needed: 1,
         config: disk.config().into(),
         ring: None,
@@ -160,9 +213,12 @@ impl Disk {
             | 1 << VIRTIO_BLK_F_BLK_SIZE
             | 1 << VIRTIO_RING_F_INDIRECT_DESC
             | 1 << VIRTIO_RING_F_EVENT_IDX;
+        if self.queues > 1 {
+            features |= 1 << VIRTIO_BLK_F_MQ;
+        }
         if self.read_only {
             features |= 1 << VIRTIO_BLK_F_RO;
-        } else if matches!(self.source, Source::Raw(_)) {
+        } else if matches!(self.source, Source::Raw(..)) {
             features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
         }
         features
@@ -175,7 +231,7 @@ impl Disk {
         put(0, &self.sectors.to_le_bytes());
         put(12, &SEGMENTS.to_le_bytes());
         put(20, &(SECTOR_BYTES as u32).to_le_bytes());
-        put(34, &1u16.to_le_bytes());
+        put(34, &self.queues.to_le_bytes());
         for at in [36, 48] {
             put(at, &CLEAR_SECTORS_MAX.to_le_bytes());
             put(at + 4, &1u32.to_le_bytes());
@@ -188,27 +244,39 @@ impl Disk {
     /// Takes every request that waits, and answers what can be answered at once; `false`: there may
     /// be more, but as many as may be are under way.
     fn serve(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
+        let mut all_taken = true;
+        for queue in 0..work.queues.len() {
+            // A driver may leave queues out.
+            if work.queues[queue].ready() {
+                all_taken &= self.serve_queue(queue, work)?;
+            }
+        }
+        Ok(all_taken)
+    }
+
+    fn serve_queue(&mut self, queue: usize, work: &mut Work) -> Result<bool, DeviceError> {
         let ram = work.ram.clone();
         let mut promised = false;
         loop {
-            work.busy(0)?;
+            work.busy(queue)?;
             let mut taken = 0;
             loop {
-                if self.under_way() >= usize::from(QUEUE_SIZE) {
+                if self.under_way() >= UNDER_WAY_MAX {
                     return Ok(false);
                 }
-                let Some(chain) = work.queues[0].pop_descriptor_chain(&ram) else { break };
+                let Some(chain) = work.queues[queue].pop_descriptor_chain(&ram) else { break };
                 let head = chain.head_index();
-                self.begin(head, Buffers::collect(chain, &ram).and_then(Request::parse), work)?;
+                let request = Buffers::collect(chain, &ram).and_then(Request::parse);
+                self.begin(queue, head, request, work)?;
                 taken += 1;
                 if work.stopping() {
                     return Ok(true);
                 }
             }
             if promised && taken == 0 {
-                return Err(DeviceError::Index(0));
+                return Err(DeviceError::Index(queue));
             }
-            promised = work.idle(0)?;
+            promised = work.idle(queue)?;
             if !promised {
                 return Ok(true);
             }
@@ -218,42 +286,129 @@ impl Disk {
     /// Requests that were taken and are not answered.
     fn under_way(&self) -> usize {
         self.held.len()
+            + self.pending.len()
             + match &self.source {
-                Source::Raw(_) => 0,
+                Source::Raw(_, ring) => ring.as_ref().map_or(0, |ring| ring.len()),
                 Source::Nbd(client) => client.len(),
             }
     }
 
     fn begin(
         &mut self,
+        queue: usize,
         head: u16,
         request: Option<Request>,
         work: &mut Work,
     ) -> Result<(), DeviceError> {
         let Some(request) = request else {
             self.bad_requests += 1;
-            return finish(work, head, 0);
+            return finish(work, queue, head, 0);
         };
         let act = self.decide(&request, work);
-        self.proceed(Job { head, request, act }, work)
+        self.proceed(Job { queue, head, request, act, done: 0 }, work)
     }
 
-    /// Carries a request out, hands it to the connection, or holds it back.
+    /// Carries a request out, hands it to the ring or the connection, or holds it back.
     fn proceed(&mut self, job: Job, work: &mut Work) -> Result<(), DeviceError> {
         if matches!(job.act, Act::GetId | Act::Refuse(_)) {
             return self.answer(&job, Ok(()), work);
         }
-        let held = job.act.changes() && !self.may_change();
         match &mut self.source {
             // A remote disk's requests keep their order in the connection's own list.
             Source::Nbd(client) => client.submit(job),
-            Source::Raw(_) if held => self.held.push_back(job),
-            Source::Raw(file) => match perform(file, &job, work) {
-                Err(error) if is_full(&error) && job.act.changes() => self.hold_for_room(job),
-                done => return self.answer(&job, done, work),
-            },
+            Source::Raw(_, Some(_)) => self.pending.push_back(job),
+            Source::Raw(_, None) => return self.perform(job, work),
         }
         Ok(())
+    }
+
+    /// Carries a request out on the file, here and now.
+    fn perform(&mut self, job: Job, work: &mut Work) -> Result<(), DeviceError> {
+        if job.act.changes() && !self.may_change() {
+            self.held.push_back(job);
+            return Ok(());
+        }
+        let Source::Raw(file, _) = &self.source else { return Ok(()) };
+        match perform(file, &job, work) {
+            Err(error) if is_full(&error) && job.act.changes() => self.hold_for_room(job),
+            done => return self.answer(&job, done, work),
+        }
+        Ok(())
+    }
+
+    /// Hands what is pending to the kernel and answers what it is done with, until it says no more.
+    fn turn_ring(&mut self, work: &mut Work) -> Result<(), DeviceError> {
+        loop {
+            self.fill_ring(work)?;
+            let Source::Raw(_, Some(ring)) = &mut self.source else { return Ok(()) };
+            self.untaken = !ring.enter(0)?;
+            if !self.reap_ring(work)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Puts pending requests into the ring; the lease is looked at here, right before the kernel
+    /// gets them.
+    fn fill_ring(&mut self, work: &mut Work) -> Result<(), DeviceError> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let allowed = self.may_change();
+        for _ in 0..self.pending.len() {
+            let Some(job) = self.pending.pop_front() else { break };
+            if job.act.changes() && !allowed {
+                self.held.push_back(job);
+                continue;
+            }
+            let moves = matches!(job.act, Act::Read(_) | Act::Write(_));
+            if moves && job.data().is_empty() {
+                self.answer(&job, Ok(()), work)?;
+                continue;
+            }
+            let Source::Raw(_, Some(ring)) = &mut self.source else { break };
+            if !ring.has_room_for(&job) {
+                self.pending.push_front(job);
+                break;
+            }
+            if let Some((job, error)) = ring.push(job, &work.ram) {
+                self.answer(&job, Err(error), work)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers what the kernel is done with; `true`: something is to go into the ring again.
+    fn reap_ring(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
+        let waits_for_room = !self.pending.is_empty();
+        let (mut freed, mut again) = (false, false);
+        loop {
+            let Source::Raw(_, Some(ring)) = &mut self.source else { return Ok(false) };
+            let Some((mut job, moved)) = ring.reap(&work.ram) else {
+                return Ok(again || freed && waits_for_room);
+            };
+            freed = true;
+            match moved {
+                Ok(0) if matches!(job.act, Act::Read(_) | Act::Write(_)) => {
+                    self.answer(&job, Err(io::ErrorKind::UnexpectedEof.into()), work)?;
+                }
+                Ok(bytes) if job.done + bytes < total(job.data()) => {
+                    job.done += bytes;
+                    self.pending.push_back(job);
+                    again = true;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+                    self.pending.push_back(job);
+                    again = true;
+                }
+                // The file system can't, so that zeroes are written, or nothing has to be done.
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                    self.perform(job, work)?
+                }
+                Err(error) if is_full(&error) && job.act.changes() => self.hold_for_room(job),
+                done => self.answer(&job, done.map(drop), work)?,
+            }
+        }
     }
 
     /// Whether the lease allows changes now.
@@ -285,7 +440,7 @@ impl Disk {
             (_, Ok(())) => (VIRTIO_BLK_S_OK as u8, 0),
         };
         let _ = work.ram.write_obj(status, GuestAddress(job.request.status));
-        finish(work, job.head, written + 1)
+        finish(work, job.queue, job.head, written + 1)
     }
 
     /// Tries again what was held back.
@@ -336,8 +491,11 @@ impl Disk {
 
     /// How long to sleep at most.
     fn patience(&self) -> Option<Duration> {
+        if self.untaken {
+            return Some(ENTER_RETRY);
+        }
         let waits_for_lease = match &self.source {
-            Source::Raw(_) => !self.held.is_empty(),
+            Source::Raw(..) => !self.held.is_empty(),
             Source::Nbd(client) => !self.held.is_empty() || client.holds_changes(),
         };
         if waits_for_lease && !self.may_change() {
@@ -349,39 +507,46 @@ impl Disk {
 
     /// Sleeps until there is something to do; `false`: stop.
     fn sleep(&self, work: &Work) -> Result<bool, DeviceError> {
-        let (stop, doorbell) = (borrow(&work.stop), borrow(&work.doorbell));
-        let mut set =
-            vec![PollFd::new(&stop, PollFlags::IN), PollFd::new(&doorbell, PollFlags::IN)];
+        let mut more = Vec::with_capacity(2);
         if let Some(link) = &self.link {
-            set.push(PollFd::from_borrowed_fd(borrow(link.wake()), PollFlags::IN));
+            more.push((borrow(link.wake()), PollFlags::IN));
         }
-        if let Source::Nbd(client) = &self.source
-            && let Some(socket) = client.socket()
-        {
-            let send = if client.wants_to_send() { PollFlags::OUT } else { PollFlags::empty() };
-            set.push(PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN | send));
+        match &self.source {
+            Source::Raw(_, Some(ring)) => more.push((ring.wake(), PollFlags::IN)),
+            Source::Nbd(client) => {
+                if let Some(socket) = client.socket() {
+                    let send =
+                        if client.wants_to_send() { PollFlags::OUT } else { PollFlags::empty() };
+                    more.push((socket.as_fd(), PollFlags::IN | send));
+                }
+            }
+            Source::Raw(_, None) => {}
         }
-        let timeout = self.patience().map(|patience| Timespec {
-            tv_sec: patience.as_secs() as i64,
-            // Rounded up, so that what is waited for has come then.
-            tv_nsec: i64::from(patience.subsec_nanos()).min(999_000_000) + 999_999,
-        });
-        match poll(&mut set, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(io::Error::from(error).into()),
-        }
-        let (stopped, rung) = (!set[0].revents().is_empty(), !set[1].revents().is_empty());
-        if rung {
-            let _ = work.doorbell.read();
-        }
-        Ok(!stopped)
+        Ok(work.wait_any(&more, self.patience())?.is_some())
     }
 
     /// The device stops: what was held back is never answered, and what a connection has in flight
-    /// ends or the connection does, because its data is in memory that the driver takes back.
-    fn settle(&mut self, work: &mut Work) {
+    /// ends or the connection does, because its data is in memory that the driver takes back. What
+    /// the kernel has of a file ends by itself and is waited for.
+    fn settle(&mut self, work: &mut Work) -> Result<(), DeviceError> {
         self.held.clear();
+        self.pending.clear();
         self.full_until = None;
+        self.untaken = false;
+        match &mut self.source {
+            Source::Raw(_, Some(ring)) => {
+                while !ring.is_empty() {
+                    ring.enter(1)?;
+                    while ring.reap(&work.ram).is_some() {}
+                }
+            }
+            Source::Raw(_, None) => {}
+            Source::Nbd(_) => self.settle_connection(work),
+        }
+        Ok(())
+    }
+
+    fn settle_connection(&mut self, work: &mut Work) {
         let Source::Nbd(client) = &mut self.source else { return };
         client.forget();
         let end = Instant::now() + STOP_GRACE;
@@ -412,26 +577,33 @@ fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
-fn finish(work: &mut Work, head: u16, written: u32) -> Result<(), DeviceError> {
+fn finish(work: &mut Work, queue: usize, head: u16, written: u32) -> Result<(), DeviceError> {
     let ram = work.ram.clone();
-    work.queues[0].add_used(&ram, head, written)?;
-    work.interrupt(0)
+    work.queues[queue].add_used(&ram, head, written)?;
+    work.interrupt(queue)
+}
+
+impl Disk {
+    fn serve_until_stopped(&mut self, work: &mut Work) -> Result<(), DeviceError> {
+        loop {
+            self.retry(work)?;
+            let all_taken = self.serve(work)?;
+            self.turn_ring(work)?;
+            self.exchange(work)?;
+            let room = self.under_way() < UNDER_WAY_MAX;
+            if !all_taken && room && !work.stopping() {
+                continue;
+            }
+            if !self.sleep(work)? {
+                return Ok(());
+            }
+        }
+    }
 }
 
 impl Backend for Disk {
     fn run(&mut self, mut work: Work) -> Result<(), DeviceError> {
-        loop {
-            self.retry(&mut work)?;
-            let all_taken = self.serve(&mut work)?;
-            self.exchange(&mut work)?;
-            let room = self.under_way() < usize::from(QUEUE_SIZE);
-            if !all_taken && room && !work.stopping() {
-                continue;
-            }
-            if !self.sleep(&work)? {
-                self.settle(&mut work);
-                return Ok(());
-            }
-        }
+        let served = self.serve_until_stopped(&mut work);
+        served.and(self.settle(&mut work))
     }
 }
