@@ -315,12 +315,7 @@ fn disk(id: &str, index: usize) -> DiskConfig {
 }
 
 fn net(id: &str, indices: [usize; 3]) -> NetConfig {
-    NetConfig {
-        id: id.into(),
-        mac: "fa:16:3e:00:00:01".into(),
-        mtu: 1450,
-        backend: NetBackend::Ring(indices),
-    }
+    NetConfig::new(id, "fa:16:3e:00:00:01", 1450, NetBackend::Ring(indices))
 }
 
 #[test]

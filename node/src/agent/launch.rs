@@ -275,12 +275,8 @@ fn net_configs(
 ) -> Result<Vec<NetConfig>> {
     let net = |(nic, ring): (&Nic, &Region)| {
         let ring = ring.descriptors()?.map(|descriptor| resources.index(descriptor));
-        Ok(NetConfig {
-            id: nic.port.to_string(),
-            mac: nic.mac.clone(),
-            mtu: nic.mtu,
-            backend: NetBackend::Ring(ring),
-        })
+        let backend = NetBackend::Ring(ring);
+        Ok(NetConfig::new(&nic.port.to_string(), &nic.mac, nic.mtu, backend))
     };
     nics.iter().zip(rings).map(net).collect()
 }

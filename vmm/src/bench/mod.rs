@@ -192,12 +192,7 @@ fn plug(config: &mut VmConfig) -> io::Result<Vec<OwnedFd>> {
     plugged.extend(Region::create()?.descriptors()?);
     let source = DiskSource::Raw(Resource::Descriptor(2));
     config.disks.push(DiskConfig::new("disk", source, "bench"));
-    config.nets.push(NetConfig {
-        id: "net".into(),
-        mac: "fa:16:3e:00:00:01".into(),
-        mtu: 1450,
-        backend: NetBackend::Ring([3, 4, 5]),
-    });
+    config.nets.push(NetConfig::new("net", "fa:16:3e:00:00:01", 1450, NetBackend::Ring([3, 4, 5])));
     Ok(plugged)
 }
 

@@ -147,6 +147,32 @@ pub struct DiskConfig {
     /// How a raw file is read and written.
     #[serde(default)]
     pub engine: DiskEngine,
+    /// How much the guest may ask of it a second.
+    #[serde(default)]
+    pub limits: RateLimits,
+}
+
+/// Rate limits; what is absent is not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimits {
+    /// Requests of a disk, frames of a network device.
+    #[serde(default)]
+    pub operations: Option<TokenBucket>,
+    /// Bytes of data.
+    #[serde(default)]
+    pub bytes: Option<TokenBucket>,
+}
+
+/// One rate limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucket {
+    /// So many a second, at least 1.
+    pub per_second: u64,
+    /// So many at once after a pause, at least 1; absent: those of a second.
+    #[serde(default)]
+    pub burst: Option<u64>,
 }
 
 impl DiskConfig {
@@ -159,6 +185,7 @@ impl DiskConfig {
             serial: serial.into(),
             queues: one_queue(),
             engine: DiskEngine::default(),
+            limits: RateLimits::default(),
         }
     }
 }
@@ -210,6 +237,26 @@ pub struct NetConfig {
     pub mtu: u16,
     /// Where its frames go.
     pub backend: NetBackend,
+    /// How much the guest may send a second.
+    #[serde(default)]
+    pub from_guest: RateLimits,
+    /// How much the guest is given a second; more than that waits in the backend.
+    #[serde(default)]
+    pub to_guest: RateLimits,
+}
+
+impl NetConfig {
+    /// A network device without limits.
+    pub fn new(id: &str, mac: &str, mtu: u16, backend: NetBackend) -> NetConfig {
+        NetConfig {
+            id: id.into(),
+            mac: mac.into(),
+            mtu,
+            backend,
+            from_guest: RateLimits::default(),
+            to_guest: RateLimits::default(),
+        }
+    }
 }
 
 fn mtu() -> u16 {

@@ -1,7 +1,9 @@
 //! The rules a configuration keeps, checked once; each broken rule is one line that names the
 //! key, the value and what would be right.
 
-use super::{BalloonConfig, DiskConfig, HugePages, NetConfig, Resource, VmConfig, VsockConfig};
+use super::{
+    BalloonConfig, DiskConfig, HugePages, NetConfig, RateLimits, Resource, VmConfig, VsockConfig,
+};
 use crate::devices::blk::QUEUES_MAX;
 use crate::devices::{balloon, rng, vsock};
 use crate::machine::VCPUS_MAX;
@@ -204,6 +206,20 @@ fn id_problem(id: &str) -> Option<String> {
     (!fits).then(|| format!("device id {id:?}: from 1 to {NAME_BYTES_MAX} bytes"))
 }
 
+impl RateLimits {
+    /// The rule these limits break, if any.
+    pub fn problem(&self) -> Option<String> {
+        let named = [("operations", &self.operations), ("bytes", &self.bytes)];
+        named.into_iter().find_map(|(name, bucket)| {
+            let bucket = bucket.as_ref()?;
+            if bucket.per_second == 0 {
+                return Some(format!("{name}.per_second: 0; at least 1, or leave {name} out"));
+            }
+            (bucket.burst == Some(0)).then(|| format!("{name}.burst: 0; at least 1"))
+        })
+    }
+}
+
 impl DiskConfig {
     /// The rule this device breaks, if any.
     pub fn problem(&self) -> Option<String> {
@@ -214,7 +230,9 @@ impl DiskConfig {
         let queues = (!(1..=QUEUES_MAX).contains(&self.queues)).then(|| {
             format!("disk {:?}: queues: {}; from 1 to {QUEUES_MAX}", self.id, self.queues)
         });
-        id_problem(&self.id).or(serial).or(queues)
+        let limits =
+            self.limits.problem().map(|problem| format!("disk {:?}: limits.{problem}", self.id));
+        id_problem(&self.id).or(serial).or(queues).or(limits)
     }
 }
 
@@ -244,7 +262,10 @@ impl NetConfig {
         if !(68..=1946).contains(&self.mtu) {
             return Some(format!("net {:?}: mtu {}; from 68 to 1946", self.id, self.mtu));
         }
-        None
+        let problem = |key: &str, limits: &RateLimits| {
+            limits.problem().map(|problem| format!("net {:?}: {key}.{problem}", self.id))
+        };
+        problem("from_guest", &self.from_guest).or_else(|| problem("to_guest", &self.to_guest))
     }
 }
 
@@ -306,6 +327,14 @@ mod tests {
             (
                 r#"{"disks": [{"id": "d", "source": {"raw": {"path": "x"}}, "engine": "fast"}]}"#,
                 "fast",
+            ),
+            (
+                r#"{"disks": [{"id": "d", "source": {"raw": {"path": "x"}}, "limits": {"bytes": {"per_second": 0}}}]}"#,
+                "limits.bytes.per_second: 0; at least 1",
+            ),
+            (
+                r#"{"nets": [{"id": "n", "mac": "fa:16:3e:00:00:01", "backend": {"ring": [0, 1, 2]}, "to_guest": {"operations": {"per_second": 5, "burst": 0}}}]}"#,
+                "to_guest.operations.burst: 0",
             ),
             (r#"{"rng": {"bytes": 1}}"#, "bytes"),
             (r#"{"balloon": {"target_mib": 65}}"#, "balloon.target_mib: 65; at most"),

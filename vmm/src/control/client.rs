@@ -1,7 +1,7 @@
 //! The asking side of a control socket: blocking, one request at a time.
 
 use super::{BalloonStatus, CONTROL_VERSION, Envelope, Reply, Request, Status};
-use crate::config::{DiskConfig, NetConfig};
+use crate::config::{DiskConfig, NetConfig, RateLimits};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::io;
@@ -134,6 +134,21 @@ impl Client {
         <[OwnedFd; 3]>::try_from(descriptors).map_err(|all| {
             ControlError::Protocol(format!("{} descriptors came with a packet ring", all.len()))
         })
+    }
+
+    /// Changes a disk's rate limits.
+    pub fn set_disk_limits(&self, id: &str, limits: RateLimits) -> Result<(), ControlError> {
+        self.done(Request::SetDiskLimits { id: id.into(), limits }, &[])
+    }
+
+    /// Changes a network device's rate limits.
+    pub fn set_net_limits(
+        &self,
+        id: &str,
+        from_guest: RateLimits,
+        to_guest: RateLimits,
+    ) -> Result<(), ControlError> {
+        self.done(Request::SetNetLimits { id: id.into(), from_guest, to_guest }, &[])
     }
 
     /// Asks the guest to give memory back; see [`Request::SetBalloon`].

@@ -5,7 +5,7 @@ pub mod server;
 
 pub use client::{Client, ControlError};
 
-use crate::config::{DiskConfig, NetConfig, VmConfig};
+use crate::config::{DiskConfig, NetConfig, RateLimits, VmConfig};
 use crate::devices::balloon::statistics::Statistics;
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +63,24 @@ pub enum Request {
     },
     /// How the balloon is: [`Reply::Balloon`].
     Balloon,
+    /// Changes a disk's rate limits; what waits goes on by the new ones.
+    SetDiskLimits {
+        /// The disk's id.
+        id: String,
+        /// All of its limits; what is absent is not limited any more.
+        limits: RateLimits,
+    },
+    /// As `SetDiskLimits`, for a network device.
+    SetNetLimits {
+        /// The device's id.
+        id: String,
+        /// What the guest may send.
+        #[serde(default)]
+        from_guest: RateLimits,
+        /// What it is given.
+        #[serde(default)]
+        to_guest: RateLimits,
+    },
     /// Stops the vCPUs.
     Pause,
     /// Lets them run.

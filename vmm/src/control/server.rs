@@ -1,7 +1,7 @@
 //! The answering side: one thread accepts, one thread serves each connection.
 
 use super::{BalloonStatus, CONTROL_VERSION, Envelope, Reply, Request, RunState, Status};
-use crate::config::{DiskConfig, NetConfig, Resource, balloon_target_problem};
+use crate::config::{DiskConfig, NetConfig, RateLimits, Resource, balloon_target_problem};
 use crate::devices::{Device, DeviceKind, blk, net};
 use crate::pci::PlugError;
 use crate::process::ending::Cause;
@@ -128,6 +128,13 @@ fn answer(guest: &Guest, request: Request, descriptors: Vec<OwnedFd>) -> Answer 
             Ok(ring) => return Answer { reply: Reply::Done, descriptors: ring.into() },
             Err(error) => Err(error.into()),
         },
+        Request::SetDiskLimits { id, limits } => {
+            set_limits(guest, &id, DeviceKind::Disk, &[("limits", limits)])
+        }
+        Request::SetNetLimits { id, from_guest, to_guest } => {
+            let limits = [("from_guest", from_guest), ("to_guest", to_guest)];
+            set_limits(guest, &id, DeviceKind::Net, &limits)
+        }
         Request::SetBalloon { target_mib } => set_balloon(guest, target_mib),
         Request::Balloon => match balloon(guest) {
             Ok(status) => {
@@ -184,6 +191,21 @@ fn add_net(guest: &Guest, network: &NetConfig, descriptors: Vec<OwnedFd>) -> Res
         return Err(Refusal("invalid", problem));
     }
     add(guest, net::open(network, &mut Supply::descriptors(descriptors))?)
+}
+
+fn set_limits(
+    guest: &Guest,
+    id: &str,
+    kind: DeviceKind,
+    named: &[(&str, RateLimits)],
+) -> Result<(), Refusal> {
+    for (key, limits) in named {
+        if let Some(problem) = limits.problem() {
+            return Err(Refusal("invalid", format!("{kind} {id:?}: {key}.{problem}")));
+        }
+    }
+    let limits: Vec<_> = named.iter().map(|(_, limits)| *limits).collect();
+    Ok(guest.bus.set_rates(id, kind, &limits)?)
 }
 
 fn set_balloon(guest: &Guest, target_mib: u32) -> Result<(), Refusal> {

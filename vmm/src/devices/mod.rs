@@ -9,6 +9,7 @@ pub mod chain;
 pub mod console;
 pub mod fields;
 pub mod net;
+pub mod rate;
 pub mod rng;
 pub mod serial;
 pub mod vsock;
@@ -75,6 +76,8 @@ pub struct Device {
     pub link: Option<Arc<blk::link::DiskLink>>,
     /// The host's end of a balloon.
     pub balloon: Option<Arc<balloon::link::BalloonLink>>,
+    /// Its rate limits: one of a disk; of a network device from the guest, then to it.
+    pub rates: Vec<Arc<rate::RateLink>>,
     /// What does the work.
     pub backend: Box<dyn Backend>,
 }

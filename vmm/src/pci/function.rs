@@ -9,9 +9,11 @@
 use super::config_space::{self, BAR_BYTES, ConfigSpace, WINDOW_BYTES};
 use super::msix::Msix;
 use super::registers::{Change, Registers};
+use crate::config::RateLimits;
 use crate::devices::balloon::link::BalloonLink;
 use crate::devices::blk::link::DiskLink;
 use crate::devices::fields::Fields;
+use crate::devices::rate::RateLink;
 use crate::devices::{Backend, Device, DeviceKind, QueueInterrupt, Work};
 use crate::machine::Interrupts;
 use crate::machine::memory::Ram;
@@ -39,6 +41,8 @@ pub struct Function {
     pub link: Option<Arc<DiskLink>>,
     /// The host's end of a balloon.
     pub balloon: Option<Arc<BalloonLink>>,
+    /// Its rate limits.
+    rates: Vec<Arc<RateLink>>,
     config: ConfigSpace,
     registers: Registers,
     device_config: Fields,
@@ -107,6 +111,7 @@ impl Function {
             ring: device.ring,
             link: device.link,
             balloon: device.balloon,
+            rates: device.rates,
             config,
             registers: Registers::new(device.features, &device.queue_sizes),
             device_config: device.config,
@@ -204,6 +209,14 @@ impl Function {
             config_space::MSIX_TABLE => self.msix.write_table(at, data),
             _ => {}
         }
+    }
+
+    /// Changes the rate limits, in the order of [`Device::rates`], and wakes whoever waits for them.
+    pub fn set_rates(&self, limits: &[RateLimits]) {
+        for (rate, limits) in self.rates.iter().zip(limits) {
+            rate.set(*limits);
+        }
+        let _ = self.doorbell.write(1);
     }
 
     /// Tells the driver that the host changed the device's configuration.

@@ -10,6 +10,7 @@ pub mod function;
 pub mod msix;
 pub mod registers;
 
+use crate::config::RateLimits;
 use crate::devices::balloon::link::BalloonLink;
 use crate::devices::blk::link::DiskLink;
 use crate::devices::{Device, DeviceKind, balloon};
@@ -239,6 +240,20 @@ impl Bus {
         let (function, link) = state.balloon()?;
         link.set_target(mib);
         function.announce_config();
+        Ok(())
+    }
+
+    /// Changes a device's rate limits, in the order of [`Device::rates`].
+    pub fn set_rates(
+        &self,
+        id: &str,
+        kind: DeviceKind,
+        limits: &[RateLimits],
+    ) -> Result<(), PlugError> {
+        let state = self.lock();
+        let mut all = state.slots.iter().flatten();
+        let function = all.find(|function| function.kind == kind && function.id == id);
+        function.ok_or_else(|| PlugError::NotFound(id.into(), kind))?.set_rates(limits);
         Ok(())
     }
 

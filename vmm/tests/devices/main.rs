@@ -19,6 +19,7 @@ use vmm::process::resources::Supply;
 
 mod disks;
 mod driver;
+mod limits;
 
 use disks::raw_disk;
 use driver::{DEADLINE, Driver, Rig, rig, until, waiting_data};
@@ -99,12 +100,7 @@ fn an_nbd_disk_works_and_its_servers_errors_are_io_errors() {
 fn frames_cross_between_queues_and_packet_ring() {
     let Some(rig) = rig() else { return };
     let switch = Region::create().unwrap();
-    let config = NetConfig {
-        id: "eth0".into(),
-        mac: "fa:16:3e:01:02:03".into(),
-        mtu: 1450,
-        backend: NetBackend::Ring([0, 1, 2]),
-    };
+    let config = NetConfig::new("eth0", "fa:16:3e:01:02:03", 1450, NetBackend::Ring([0, 1, 2]));
     let descriptors = switch.descriptors().unwrap().into();
     rig.bus
         .add_at_boot(net::open(&config, &mut Supply::descriptors(descriptors)).unwrap())

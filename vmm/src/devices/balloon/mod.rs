@@ -81,6 +81,7 @@ pub fn open(config: &BalloonConfig) -> Result<Device, ResourceError> {
         ring: None,
         link: None,
         balloon: Some(Arc::clone(&link)),
+        rates: Vec::new(),
         backend: Box::new(Balloon { link, question: None }),
     })
 }

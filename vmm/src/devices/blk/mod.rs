@@ -24,6 +24,7 @@ pub mod request;
 pub mod ring;
 
 use super::chain::{Buffers, copy_in, total};
+use super::rate::{Limiter, RateLink};
 use super::{Backend, Device, DeviceError, DeviceKind, Work, borrow};
 use crate::config::{DiskConfig, DiskEngine, DiskSource};
 use crate::process::resources::{Access, ResourceError, Supply};
@@ -94,6 +95,8 @@ pub struct Disk {
     /// Its serial number, zero padded.
     pub serial: [u8; SERIAL_BYTES],
     queues: u16,
+    rate: Arc<RateLink>,
+    limiter: Limiter,
     lease: Option<Arc<LeaseView>>,
     /// Requests that go into the ring next.
     pending: VecDeque<Job>,
@@ -177,12 +180,15 @@ fn make(
     let shown = config.serial.len().min(SERIAL_BYTES);
     serial[..shown].copy_from_slice(&config.serial.as_bytes()[..shown]);
     let sectors = size_bytes / SECTOR_BYTES;
+    let rate = Arc::new(RateLink::new(config.limits));
     let disk = Disk {
         source,
         sectors,
         read_only: config.read_only,
         serial,
         queues: config.queues,
+        rate: Arc::clone(&rate),
+        limiter: Limiter::default(),
         lease,
         pending: VecDeque::new(),
         untaken: false,
@@ -202,6 +208,7 @@ fn make(
         ring: None,
         link,
         balloon: None,
+        rates: vec![rate],
         backend: Box::new(disk),
     })
 }
@@ -264,6 +271,10 @@ impl Disk {
                 if self.under_way() >= UNDER_WAY_MAX {
                     return Ok(false);
                 }
+                // The rest waits in the queue, whose driver needs not ring for it again.
+                if !self.limiter.passes(&self.rate) {
+                    return Ok(true);
+                }
                 let Some(chain) = work.queues[queue].pop_descriptor_chain(&ram) else { break };
                 let head = chain.head_index();
                 let request = Buffers::collect(chain, &ram).and_then(Request::parse);
@@ -300,6 +311,7 @@ impl Disk {
         request: Option<Request>,
         work: &mut Work,
     ) -> Result<(), DeviceError> {
+        self.limiter.take(request.as_ref().map_or(0, Request::data_bytes));
         let Some(request) = request else {
             self.bad_requests += 1;
             return finish(work, queue, head, 0);
@@ -491,18 +503,15 @@ impl Disk {
 
     /// How long to sleep at most.
     fn patience(&self) -> Option<Duration> {
-        if self.untaken {
-            return Some(ENTER_RETRY);
-        }
         let waits_for_lease = match &self.source {
             Source::Raw(..) => !self.held.is_empty(),
             Source::Nbd(client) => !self.held.is_empty() || client.holds_changes(),
         };
-        if waits_for_lease && !self.may_change() {
-            return Some(LEASE_LOOK);
-        }
+        let lease = (waits_for_lease && !self.may_change()).then_some(LEASE_LOOK);
         let full = self.full_until.map(|until| until.saturating_duration_since(Instant::now()));
-        full.filter(|_| !self.held.is_empty())
+        let full = full.filter(|_| lease.is_none() && !self.held.is_empty());
+        let untaken = self.untaken.then_some(ENTER_RETRY);
+        [lease, full, untaken, self.limiter.wait()].into_iter().flatten().min()
     }
 
     /// Sleeps until there is something to do; `false`: stop.

@@ -7,12 +7,15 @@
 pub mod link;
 
 use super::chain::{Buffers, copy_in, copy_out, total};
+use super::rate::{Limiter, RateLink};
 use super::{Backend, Device, DeviceError, DeviceKind, Work};
 use crate::config::{NetBackend, NetConfig};
 use crate::process::resources::{ResourceError, Supply};
 use abi::packet_ring::{FRAME_BYTES_MAX, Region};
 use link::Link;
+use rustix::event::PollFlags;
 use std::sync::Arc;
+use std::time::Duration;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MAC, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
@@ -38,7 +41,30 @@ pub struct Nic {
     waiting: Option<usize>,
     received: Box<[u8; HEADER_BYTES + FRAME_BYTES_MAX]>,
     sent: Box<[u8; HEADER_BYTES + FRAME_BYTES_MAX]>,
+    from_guest: Lane,
+    to_guest: Lane,
     dropped: u64,
+}
+
+/// One direction's rate limits.
+struct Lane {
+    rate: Arc<RateLink>,
+    limiter: Limiter,
+}
+
+impl Lane {
+    fn new(rate: &Arc<RateLink>) -> Lane {
+        Lane { rate: Arc::clone(rate), limiter: Limiter::default() }
+    }
+
+    fn passes(&mut self) -> bool {
+        self.limiter.passes(&self.rate)
+    }
+
+    /// How long what is held back in this direction has to wait.
+    fn wait(&self) -> Option<Duration> {
+        self.limiter.wait()
+    }
 }
 
 /// Opens a network device.
@@ -67,6 +93,8 @@ pub fn open(config: &NetConfig, supply: &mut Supply) -> Result<Device, ResourceE
     for half in [VIRTIO_NET_S_LINK_UP as u16, 1, config.mtu] {
         device_config.extend_from_slice(&half.to_le_bytes());
     }
+    let rates = [config.from_guest, config.to_guest].map(|limits| Arc::new(RateLink::new(limits)));
+    let nic = Nic::new(link, &rates);
     Ok(Device {
         id: config.id.clone(),
         kind: DeviceKind::Net,
@@ -78,23 +106,32 @@ pub fn open(config: &NetConfig, supply: &mut Supply) -> Result<Device, ResourceE
         ring,
         link: None,
         balloon: None,
-        backend: Box::new(Nic::new(link)),
+        rates: rates.into(),
+        backend: Box::new(nic),
     })
 }
 
 impl Nic {
-    fn new(link: Link) -> Nic {
+    fn new(link: Link, [from_guest, to_guest]: &[Arc<RateLink>; 2]) -> Nic {
         let buffer = || Box::new([0; HEADER_BYTES + FRAME_BYTES_MAX]);
         let mut received = buffer();
         received[NUM_BUFFERS] = 1;
-        Nic { link, waiting: None, received, sent: buffer(), dropped: 0 }
+        Nic {
+            link,
+            waiting: None,
+            received,
+            sent: buffer(),
+            from_guest: Lane::new(from_guest),
+            to_guest: Lane::new(to_guest),
+            dropped: 0,
+        }
     }
 
     /// Guest to switch; `true` where something moved.
     fn transmit(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
         let ram = work.ram.clone();
         let mut moved = 0;
-        while moved < BATCH {
+        while moved < BATCH && self.from_guest.passes() {
             let Some(chain) = work.queues[TRANSMIT].pop_descriptor_chain(&ram) else { break };
             let head = chain.head_index();
             let len = Buffers::collect(chain, &ram).map_or(0, |buffers| {
@@ -105,6 +142,7 @@ impl Nic {
                     0
                 }
             });
+            self.from_guest.limiter.take(len.saturating_sub(HEADER_BYTES) as u64);
             let fits =
                 (HEADER_BYTES + FRAME_BYTES_MIN..=HEADER_BYTES + FRAME_BYTES_MAX).contains(&len);
             if !(fits && self.link.send(&self.sent[HEADER_BYTES..len])?) {
@@ -125,8 +163,11 @@ impl Nic {
         let ram = work.ram.clone();
         let mut moved = 0;
         while moved < BATCH {
-            if self.waiting.is_none() {
+            if self.waiting.is_none() && self.to_guest.passes() {
                 self.waiting = self.link.receive(&mut self.received[HEADER_BYTES..])?;
+                if let Some(len) = self.waiting {
+                    self.to_guest.limiter.take(len as u64);
+                }
             }
             let Some(len) = self.waiting else { break };
             let Some(chain) = work.queues[RECEIVE].pop_descriptor_chain(&ram) else { break };
@@ -148,10 +189,11 @@ impl Nic {
 
     /// Asks to be woken; says what came meanwhile.
     fn prepare_sleep(&mut self, work: &mut Work) -> Result<Came, DeviceError> {
-        let transmit = work.idle(TRANSMIT)?;
+        // What a limit holds back is looked at again when its time has come.
+        let transmit = self.from_guest.wait().is_none() && work.idle(TRANSMIT)?;
         let (receive, frame) = match self.waiting {
             Some(_) => (work.idle(RECEIVE)?, false),
-            None => (false, !self.link.prepare_sleep()),
+            None => (false, self.to_guest.wait().is_none() && !self.link.prepare_sleep()),
         };
         Ok(Came { transmit, receive, frame })
     }
@@ -191,8 +233,11 @@ impl Backend for Nic {
             }
             came = self.prepare_sleep(&mut work)?;
             if !(came.transmit || came.receive || came.frame) {
-                let more = if self.waiting.is_some() { None } else { Some(self.link.event()) };
-                if !work.wait(more)? {
+                let listens = self.waiting.is_none() && self.to_guest.wait().is_none();
+                let more = listens.then(|| (self.link.event(), PollFlags::IN));
+                let waits = [self.from_guest.wait(), self.to_guest.wait()];
+                let patience = waits.into_iter().flatten().min();
+                if work.wait_any(more.as_slice(), patience)?.is_none() {
                     return Ok(());
                 }
                 self.link.woken();

@@ -50,6 +50,7 @@ pub fn open(config: &RngConfig) -> Device {
         ring: None,
         link: None,
         balloon: None,
+        rates: Vec::new(),
         backend: Box::new(Rng { budget: Budget::new(config.bytes_per_second, Instant::now()) }),
     }
 }

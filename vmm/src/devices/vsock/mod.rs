@@ -104,6 +104,7 @@ pub fn open(
         ring: None,
         link: None,
         balloon: None,
+        rates: Vec::new(),
         backend: Box::new(Vsock {
             listener,
             greetings: Vec::new(),
