@@ -27,7 +27,15 @@ const SHORT: [&str; 3] =
     ["bzimage_boots_and_powers_off", "pvh_boots_two_vcpus", "disk_is_plugged_used_and_unplugged"];
 /// Modules of the emulated host, and of the guests.
 const HOST_MODULES: [&str; 2] = ["kvm-amd", "tun"];
-const GUEST_MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_net", "ext4"];
+const GUEST_MODULES: [&str; 7] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "ext4",
+    "virtio_rng",
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+];
 /// Memory of the emulated host, MiB: more than the guest whose memory goes on beyond the hole. QEMU
 /// takes only what is touched.
 const HOST_MIB: &str = "4096";
@@ -46,7 +54,7 @@ pub(crate) struct Arguments {
     /// Nested paging of the emulated host: 1, 0, or both one after the other.
     #[arg(long, value_enum, default_value = "both")]
     npt: Npt,
-    /// Runs only these tests (by name, see `vmm/examples/linux_guests.rs`).
+    /// Runs only these tests (by name, see `vmm/examples/linux_guests`).
     tests: Vec<String>,
 }
 
@@ -147,6 +155,7 @@ impl Host {
         let mut guest = Archive::new();
         guest.file("init", include_bytes!("guest_init.sh"));
         guest.file("bin/busybox", &busybox);
+        guest.file("bin/guest-peer", &read(&programs.join("examples/guest_peer"))?);
         modules.add(&mut guest, &GUEST_MODULES)?;
 
         let (root, sum) = root_disk(packages, &directory, &busybox)?;
@@ -253,11 +262,12 @@ fn follow(output: &Path, mut ended: impl FnMut() -> Result<bool>) -> Result<Stri
 
 /// Builds the VMM and the tests without libraries of the machine; returns their directory.
 fn build(directory: &Path) -> Result<PathBuf> {
-    let flags = "-C relocation-model=static -C target-feature=+crt-static";
+    let flags = "-C relocation-model=static -C target-feature=+crt-static -C strip=debuginfo";
     shell::run(
         shell::cargo()
             .args(["build", "--locked", "--package", "vmm", "--target", TARGET])
-            .args(["--bin", "trine-vmm", "--example", "linux_guests", "--target-dir"])
+            .args(["--bin", "trine-vmm", "--example", "linux_guests"])
+            .args(["--example", "guest_peer", "--target-dir"])
             .arg(directory)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.replace(' ', "\x1f")),
     )?;
