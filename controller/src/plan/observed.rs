@@ -39,6 +39,12 @@ pub enum GuestState {
     Running,
     /// It ended by itself, or its process died: why.
     Ended(String),
+    /// It asked for a reset, as a PC's reboot does, and its process ended. `rested`: it may start
+    /// again; one that does nothing but reset itself is slowed down.
+    Reset {
+        /// Whether it ran, or waited, for long enough.
+        rested: bool,
+    },
     /// It was not started, or ended with the host or by the operator's stop of the node; its
     /// disks may be there.
     Absent,

@@ -223,6 +223,8 @@ fn server_step(id: &ServerId, view: &ServerView, observed: &Observed) -> Option<
             (None, Some(GuestState::Ended(why))) if view.settled => {
                 Some(Step::ReportStopped(id.clone(), why.clone()))
             }
+            // A guest's own reboot: it starts again with the same disks and ports, and stays ACTIVE.
+            (None, Some(GuestState::Reset { rested: false })) => None,
             (None, _) => Some(Step::StartGuest(id.clone())),
         },
     }

@@ -72,6 +72,27 @@ fn after_a_reboot_of_the_host_its_guests_start_again_but_those_that_ended_stay_o
 }
 
 #[test]
+fn a_guest_that_reboots_itself_starts_again_and_stays_active() {
+    let mut sample = Sample::new();
+    let (host, mut observed) = settled(&mut sample);
+    observed.guests.insert("s1".into(), guest(1, GuestState::Reset { rested: false }));
+    check(&sample, host, &observed, &[]);
+    observed.guests.insert("s1".into(), guest(1, GuestState::Reset { rested: true }));
+    check(&sample, host, &observed, &[Step::StartGuest("s1".into())]);
+    // Its start is reported once more, which changes nothing.
+    let before = sample.server("s1").clone();
+    sample.compute(ComputeCommand::ServerStarted { id: "s1".into(), generation: 1 });
+    assert_eq!(sample.server("s1").vm_state, before.vm_state);
+    assert_eq!(sample.server("s1").power_state, before.power_state);
+    // Stopped meanwhile, it stays off; deleted, it goes, whatever it did last.
+    sample.compute(ComputeCommand::StopServer("s1".into()));
+    let stopped = [Step::ReportStopped("s1".into(), "stopped".into())];
+    check(&sample, host, &observed, &stopped);
+    sample.compute(ComputeCommand::DeleteServer("s1".into()));
+    check(&sample, host, &observed, &[Step::RemoveGuest("s1".into())]);
+}
+
+#[test]
 fn a_deleted_server_is_removed_and_then_reported_gone() {
     let mut sample = Sample::new();
     let (host, mut observed) = settled(&mut sample);

@@ -49,6 +49,8 @@ pub(crate) enum Life {
     Silent(String),
     /// It ended by itself, or died.
     Ended(String),
+    /// It asked for a reset: it starts again.
+    Reset,
     /// It was ended by the node, by the end of the host, or never started.
     Absent,
 }
@@ -172,6 +174,9 @@ impl GuestDirectory {
     }
 }
 
+/// The reason in the exit record of a guest that asked for a reset.
+const EXIT_RESET: &str = "reset";
+
 /// What a new guest's process gets.
 pub(crate) struct Prepared {
     pub(crate) exit: File,
@@ -187,6 +192,7 @@ fn dead(record: &Record, mut exit: File) -> Life {
     let read = exit.read_to_end(&mut text).ok();
     let exit: Option<ExitRecord> = read.and_then(|_| serde_json::from_slice(&text).ok());
     Life::Ended(match exit {
+        Some(exit) if exit.reason == EXIT_RESET => return Life::Reset,
         Some(exit) => format!("{}: {}", exit.reason, exit.message),
         None => "crash: its process died without an exit record".to_string(),
     })
@@ -259,6 +265,22 @@ mod tests {
         assert!(directory.prepare(&record).is_err(), "the first start's lock is held");
         drop(prepared);
         assert!(matches!(directory.life(&record).unwrap(), Life::Ended(_)));
+        let mut exit = ExitRecord {
+            nonce: "n".into(),
+            reason: "crash".into(),
+            code: None,
+            message: "triple fault".into(),
+            cpu_ns: 0,
+            timings: Default::default(),
+        };
+        let end_as = |exit: &ExitRecord| {
+            let json = serde_json::to_vec(exit).unwrap();
+            fs::write(directory.path.join("exit.json"), json).unwrap();
+            directory.life(&record).unwrap()
+        };
+        assert!(matches!(end_as(&exit), Life::Ended(why) if why == "crash: triple fault"));
+        exit.reason = EXIT_RESET.into();
+        assert!(matches!(end_as(&exit), Life::Reset));
         record.stopped = true;
         assert!(matches!(directory.life(&record).unwrap(), Life::Absent));
         record = Record { stopped: false, boot_id: [9; 16], ..record };

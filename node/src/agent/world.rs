@@ -20,6 +20,8 @@ use crate::process::Held;
 const VOLUME_DISK: &str = "volume-";
 /// A VMM that did not answer is asked again after this time: each question may take seconds.
 const SILENT_PAUSE: Duration = Duration::from_secs(10);
+/// From one start of a guest that resets itself to the next one, at least.
+const RESET_PAUSE: Duration = Duration::from_secs(1);
 
 /// The id that a volume has as a disk of a VMM.
 pub(super) fn disk_id(volume: &VolumeId) -> String {
@@ -33,6 +35,8 @@ pub(super) struct Guest {
     pub(super) volumes: BTreeSet<VolumeId>,
     /// Those whose connection to another host is lost.
     disconnected: BTreeSet<VolumeId>,
+    /// When it was started, or found.
+    started: Instant,
     /// What its start took, where this agent started it.
     stages: Vec<StageTime>,
     /// When its VMM was last asked in vain.
@@ -45,6 +49,7 @@ pub(super) enum Observation {
     /// A process lives that does not say that it is this guest.
     Silent,
     Ended(String),
+    Reset,
     Absent,
 }
 
@@ -212,7 +217,7 @@ impl World {
                 Observation::Running(held, _) if held.has_ended() => true,
                 Observation::Running(..) => !guest.volumes.is_empty() && !asked_lately,
                 Observation::Silent => !asked_lately,
-                Observation::Ended(_) | Observation::Absent => false,
+                Observation::Ended(_) | Observation::Reset | Observation::Absent => false,
             }
         });
         due.filter_map(|(id, _)| self.look_at(id)).collect()
@@ -285,7 +290,8 @@ impl World {
 impl Guest {
     pub(super) fn new(record: Record, life: Observation) -> Guest {
         let (volumes, disconnected) = Default::default();
-        Guest { record, life, volumes, disconnected, stages: Vec::new(), silent: None }
+        let (started, stages) = (Instant::now(), Vec::new());
+        Guest { record, life, volumes, disconnected, started, stages, silent: None }
     }
 
     /// What was known of it stays: its process lives.
@@ -310,6 +316,9 @@ impl Guest {
             state: match &self.life {
                 Observation::Running(..) | Observation::Silent => GuestState::Running,
                 Observation::Ended(why) => GuestState::Ended(why.clone()),
+                Observation::Reset => {
+                    GuestState::Reset { rested: self.started.elapsed() >= RESET_PAUSE }
+                }
                 Observation::Absent => GuestState::Absent,
             },
             volumes: self.volumes.clone(),
@@ -322,6 +331,7 @@ impl Guest {
             Observation::Running(_, pid) => ("running", Some(*pid)),
             Observation::Silent => ("silent", None),
             Observation::Ended(_) => ("ended", None),
+            Observation::Reset => ("reset", None),
             Observation::Absent => ("absent", None),
         };
         GuestStatus {
@@ -360,6 +370,7 @@ fn observe(directory: &GuestDirectory, record: &Record) -> std::io::Result<(Obse
             (Observation::Silent, Disks::default())
         }
         Life::Ended(why) => (Observation::Ended(why), Disks::default()),
+        Life::Reset => (Observation::Reset, Disks::default()),
         Life::Absent => (Observation::Absent, Disks::default()),
     })
 }
