@@ -6,7 +6,7 @@ use super::boot::{Loaded, PAGE_TABLE_ROOT};
 use super::run::Gate;
 use super::{MachineError, kvm};
 use kvm_bindings::{
-    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
+    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO_OUT, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
     KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr, kvm_dtable, kvm_fpu,
     kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
@@ -170,6 +170,7 @@ pub fn set_firmware_state(vcpu: &VcpuFd) -> Result<(), MachineError> {
 /// What an exit means for the loop; details are fetched where the vCPU is no longer borrowed.
 enum Outcome {
     Continue,
+    Ports,
     Interrupted,
     End(End),
     TripleFault,
@@ -188,6 +189,11 @@ pub fn run(vcpu: &mut VcpuFd, id: usize, gate: &Gate, exits: &dyn Exits) -> End 
         };
         match outcome {
             Outcome::Continue => {}
+            Outcome::Ports => {
+                if let Some(end) = ports(vcpu, exits) {
+                    return end;
+                }
+            }
             Outcome::Interrupted => {
                 vcpu.set_kvm_immediate_exit(0);
                 gate.pass();
@@ -202,13 +208,7 @@ pub fn run(vcpu: &mut VcpuFd, id: usize, gate: &Gate, exits: &dyn Exits) -> End 
 fn handle(exit: VcpuExit<'_>, exits: &dyn Exits) -> Outcome {
     exits.exited();
     match exit {
-        VcpuExit::IoOut(port, data) => {
-            return exits.port_write(port, data).map_or(Outcome::Continue, Outcome::End);
-        }
-        VcpuExit::IoIn(port, data) => {
-            data.fill(0xFF);
-            exits.port_read(port, data);
-        }
+        VcpuExit::IoOut(..) | VcpuExit::IoIn(..) => return Outcome::Ports,
         VcpuExit::MmioWrite(address, data) => exits.mmio_write(address, data),
         VcpuExit::MmioRead(address, data) => {
             data.fill(0xFF);
@@ -230,6 +230,31 @@ fn handle(exit: VcpuExit<'_>, exits: &dyn Exits) -> Outcome {
         other => return Outcome::End(End::Crash(format!("unexpected exit {other:?}"))),
     }
     Outcome::Continue
+}
+
+/// An access to a port; a string instruction (`rep outsb`) makes many in one exit.
+fn ports(vcpu: &mut VcpuFd, exits: &dyn Exits) -> Option<End> {
+    let run = vcpu.get_kvm_run();
+    // SAFETY: for KVM_EXIT_IO, which this is, the kernel fills the `io` member; all are integers.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let (size, count) = (usize::from(io.size), io.count as usize);
+    let start = std::ptr::from_mut(run).cast::<u8>();
+    // SAFETY: the kernel gives the place of `size * count` bytes within the mapping of the run
+    // structure (Documentation/virt/kvm/api.rst, section 5), which `vcpu` keeps and lends to nobody else.
+    let data = unsafe {
+        std::slice::from_raw_parts_mut(start.add(io.data_offset as usize), size * count)
+    };
+    for element in data.chunks_exact_mut(size.max(1)) {
+        if u32::from(io.direction) == KVM_EXIT_IO_OUT {
+            if let Some(end) = exits.port_write(io.port, element) {
+                return Some(end);
+            }
+        } else {
+            element.fill(0xFF);
+            exits.port_read(io.port, element);
+        }
+    }
+    None
 }
 
 /// Where a vCPU stands, for people.
