@@ -343,7 +343,7 @@ pub(crate) fn stop_guests(guests: &Path) -> Result<usize> {
                 "guest {} lives, and its VMM does not say which process it is: {why}",
                 record.server_id
             ),
-            Life::Ended(_) | Life::Absent => {}
+            Life::Ended(_) | Life::Reset | Life::Absent => {}
         }
     }
     Ok(stopped)

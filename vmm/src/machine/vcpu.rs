@@ -6,9 +6,9 @@ use super::boot::{Loaded, PAGE_TABLE_ROOT};
 use super::run::Gate;
 use super::{MachineError, kvm};
 use kvm_bindings::{
-    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO_OUT, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN,
-    KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr, kvm_dtable, kvm_fpu,
-    kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO_OUT, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr,
+    kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use std::os::fd::AsRawFd;
@@ -241,9 +241,8 @@ fn ports(vcpu: &mut VcpuFd, exits: &dyn Exits) -> Option<End> {
     let start = std::ptr::from_mut(run).cast::<u8>();
     // SAFETY: the kernel gives the place of `size * count` bytes within the mapping of the run
     // structure (Documentation/virt/kvm/api.rst, section 5), which `vcpu` keeps and lends to nobody else.
-    let data = unsafe {
-        std::slice::from_raw_parts_mut(start.add(io.data_offset as usize), size * count)
-    };
+    let data =
+        unsafe { std::slice::from_raw_parts_mut(start.add(io.data_offset as usize), size * count) };
     for element in data.chunks_exact_mut(size.max(1)) {
         if u32::from(io.direction) == KVM_EXIT_IO_OUT {
             if let Some(end) = exits.port_write(io.port, element) {

@@ -6,6 +6,7 @@ use abi::boot::{HOTPLUG_START, PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO_PER_SLOT,
 use fuzz::{Source, Target, check};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress};
+use vmm::config::DiskEngine;
 use vmm::devices::DeviceKind;
 use vmm::machine::Interrupts;
 use vmm::machine::memory::Ram;
@@ -24,7 +25,7 @@ fn pci() {
     file.set_len(64 << 10).unwrap();
     let run = &mut |source: &mut Source<'_>| {
         let bus = Bus::new(machine.ram.clone(), interrupts.clone());
-        bus.add_at_boot(open_disk(&file)).unwrap();
+        bus.add_at_boot(open_disk(&file, DiskEngine::Auto)).unwrap();
         access(&bus, source);
         take_away(&bus);
         assert_eq!(file.metadata().unwrap().len(), 64 << 10);
@@ -122,7 +123,7 @@ fn works_as_ever(ram: &Ram, interrupts: Interrupts) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(4096).unwrap();
     let bus = Bus::new(ram.clone(), interrupts);
-    bus.add_at_boot(open_disk(&file)).unwrap();
+    bus.add_at_boot(open_disk(&file, DiskEngine::Auto)).unwrap();
     access(&bus, &mut Source::new(&samples()[0]));
     let mut status = [0];
     bus.read(PCI_MMIO_START + PCI_MMIO_PER_SLOT + 0x14, &mut status);

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::config::{
-    BalloonConfig, DiskConfig, DiskSource, NetBackend, NetConfig, Resource, RngConfig, VsockConfig,
+    BalloonConfig, DiskConfig, DiskEngine, DiskSource, NetBackend, NetConfig, Resource, RngConfig,
+    VsockConfig,
 };
 use vmm::devices::{Device, QueueInterrupt, Work, balloon, blk, net, rng, vsock};
 use vmm::machine::Interrupts;
@@ -110,13 +111,9 @@ fn queue_at(queue: usize, event_idx: bool) -> Queue {
     made
 }
 
-pub(crate) fn open_disk(file: &File) -> Device {
-    let config = DiskConfig {
-        id: "disk".into(),
-        source: DiskSource::Raw(Resource::Descriptor(0)),
-        read_only: false,
-        serial: "serial".into(),
-    };
+pub(crate) fn open_disk(file: &File, engine: DiskEngine) -> Device {
+    let source = DiskSource::Raw(Resource::Descriptor(0));
+    let config = DiskConfig { engine, ..DiskConfig::new("disk", source, "serial") };
     let mut supply = Supply::descriptors(vec![file.try_clone().unwrap().into()]);
     blk::open(&config, &mut supply, None).unwrap()
 }
@@ -136,18 +133,17 @@ fn disk_queue() {
             file.write_all_at(b"sector", 512).unwrap();
         }
     };
-    queues("disk_queue", &mut |_| open_disk(&file), after);
+    let open = &mut |source: &mut Source<'_>| {
+        open_disk(&file, source.pick(&[DiskEngine::Auto, DiskEngine::Thread]))
+    };
+    queues("disk_queue", open, after);
 }
 
 /// A remote disk whose server answers what nobody asked.
 #[test]
 fn remote_disk_queue() {
-    let config = DiskConfig {
-        id: "disk".into(),
-        source: DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: DISK_BYTES },
-        read_only: false,
-        serial: String::new(),
-    };
+    let nbd = DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: DISK_BYTES };
+    let config = DiskConfig::new("disk", nbd, "");
     let open = &mut |source: &mut Source<'_>| {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         for _ in 0..source.byte() % 6 {
@@ -178,12 +174,7 @@ fn net_queues() {
     let region = Region::create().unwrap();
     let mut to_guest = region.producer(Direction::ToGuest).unwrap();
     let mut from_guest = region.consumer(Direction::FromGuest).unwrap();
-    let config = NetConfig {
-        id: "nic".into(),
-        mac: "fa:16:3e:00:00:01".into(),
-        mtu: 1500,
-        backend: NetBackend::Ring([0, 1, 2]),
-    };
+    let config = NetConfig::new("nic", "fa:16:3e:00:00:01", 1500, NetBackend::Ring([0, 1, 2]));
     let open = &mut |_: &mut Source<'_>| {
         let descriptors: Vec<OwnedFd> = region.descriptors().unwrap().into();
         to_guest.push(&[5; 60]).unwrap();
