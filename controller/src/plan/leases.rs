@@ -25,7 +25,8 @@ use crate::state::{Command, State};
 
 /// How often a host is heard.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
-/// A host that was silent for this long is down; a new leader waits as long before it says so.
+/// A host that was silent for this long is down; a new leader waits as long before it says so of
+/// one that the leader before it called up.
 pub const SILENT_AFTER: Duration = Duration::from_secs(3);
 /// How long a host may change disks after it asked.
 pub const LEASE: Duration = Duration::from_secs(8);
@@ -65,6 +66,16 @@ impl LeaderLeases {
     pub fn lead(&mut self, term: Option<u64>, now: Duration) {
         if self.leading.map(|leading| leading.term) == term {
             return;
+        }
+        if let Some(before) = self.leading
+            && !is_fresh(before.since, now)
+        {
+            self.told = self
+                .heard
+                .iter()
+                .filter(|(_, at)| is_fresh(**at, now))
+                .map(|(id, _)| *id)
+                .collect();
         }
         self.leading = term.map(|term| Leadership { term, since: now });
         self.heard.clear();
@@ -157,14 +168,20 @@ impl LeaderLeases {
 
     /// The hosts that are up, of `hosts`.
     pub fn liveness(&self, hosts: impl Iterator<Item = HostId>, now: Duration) -> Liveness {
-        let fresh = |at: Duration| now.saturating_sub(at) < SILENT_AFTER;
+        let heard = |host: &HostId| self.heard.get(host).is_some_and(|at| is_fresh(*at, now));
+        // Nobody is up by what nobody ever said: that is a cluster's first leader.
+        let not_told_down = |host: &HostId| self.told.is_empty() || self.told.contains(host);
         let up = |host: &HostId| match self.leading {
-            Some(leading) if fresh(leading.since) => true,
-            Some(_) => self.heard.get(host).is_some_and(|at| fresh(*at)),
+            Some(leading) if is_fresh(leading.since, now) => heard(host) || not_told_down(host),
+            Some(_) => heard(host),
             None => self.told.contains(host),
         };
         Liveness { up: hosts.filter(up).collect() }
     }
+}
+
+fn is_fresh(at: Duration, now: Duration) -> bool {
+    now.saturating_sub(at) < SILENT_AFTER
 }
 
 /// A host's own lease.
@@ -257,6 +274,23 @@ mod tests {
         assert_eq!(up(&leases, Duration::from_millis(3100)), [A]);
         leases.lead(Some(1), at(4));
         assert_eq!(up(&leases, at(6)), []);
+    }
+
+    #[test]
+    fn a_host_that_was_down_does_not_come_up_because_the_leader_changed() {
+        let mut leases = LeaderLeases::default();
+        leases.told([A].into());
+        leases.lead(Some(2), at(10));
+        assert_eq!(up(&leases, at(10)), [A]);
+        leases.hear(B, false, at(11));
+        assert_eq!(up(&leases, at(12)), [A, B]);
+        assert_eq!(up(&leases, at(13)), [B]);
+        // It leads again in another term: what it knew itself stands.
+        leases.lead(Some(4), at(13));
+        assert_eq!(up(&leases, at(13)), [B]);
+        // Two changes within a period: nobody is forgotten who had no time to be heard.
+        leases.lead(None, at(14));
+        assert_eq!(up(&leases, at(14)), [B]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! A bucket is kept as the time at which it is full again, so that it needs no timer: who takes from
 //! it moves that time on, and who finds it empty knows how long to wait. What asks for more than a
-//! bucket holds passes when anything is left, and is paid off afterwards.
+//! bucket holds passes when a whole token is left, and is paid off afterwards.
 
 use crate::config::{RateLimits, TokenBucket};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -104,7 +104,7 @@ impl Limiter {
 #[derive(Debug)]
 struct Bucket {
     limit: TokenBucket,
-    /// How long it takes to fill.
+    /// How long it takes to fill but for the token that whoever passes finds in it.
     depth: Duration,
     /// When it is full again.
     full_at: Duration,
@@ -112,17 +112,13 @@ struct Bucket {
 
 impl Bucket {
     fn new(limit: TokenBucket) -> Bucket {
-        let depth = time_of(limit.burst.unwrap_or(limit.per_second), limit.per_second);
-        let depth = depth.max(Duration::from_nanos(1));
+        let burst = limit.burst.unwrap_or(limit.per_second);
+        let depth = time_of(burst.saturating_sub(1), limit.per_second);
         Bucket { limit, depth, full_at: Duration::ZERO }
     }
 
     fn wait(&self, now: Duration) -> Duration {
-        let missing = self.full_at.saturating_sub(now);
-        if missing < self.depth {
-            return Duration::ZERO;
-        }
-        missing - self.depth + Duration::from_nanos(1)
+        self.full_at.saturating_sub(now).saturating_sub(self.depth)
     }
 
     fn take(&mut self, tokens: u64, now: Duration) {
@@ -173,7 +169,7 @@ mod tests {
         let mut bucket = bucket(1000, None);
         bucket.take(5000, Duration::ZERO);
         let wait = bucket.wait(Duration::ZERO);
-        assert_eq!(wait, Duration::from_secs(4) + Duration::from_nanos(1));
+        assert_eq!(wait, Duration::from_millis(4001));
         assert!(bucket.wait(wait).is_zero());
         bucket.take(u64::MAX, wait);
         bucket.take(u64::MAX, wait);
