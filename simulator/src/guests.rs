@@ -8,6 +8,7 @@ use crate::checks::Write;
 use crate::hardware::guest::Disk;
 use crate::hardware::storage::Claim;
 use crate::runtime;
+use crate::setup::server_name;
 use crate::world::{Shared, World};
 
 /// How often guests are looked at.
@@ -67,7 +68,8 @@ fn reconnect(shared: &mut Shared) {
     }
     for (host, home, claim) in lost {
         let there = shared.hosts.get_mut(&home);
-        let Some(Ok(session)) = there.map(|there| there.storage.connect(&claim)) else { continue };
+        let connected = there.map(|there| there.storage.connect(&claim, &server_name(host)));
+        let Some(Ok(session)) = connected else { continue };
         let Some(here) = shared.hosts.get_mut(&host) else { continue };
         let instance = here.storage.instance;
         let guest = here.guests.get_mut(&claim.server);

@@ -28,6 +28,11 @@ pub(crate) fn content() -> String {
     "ab".repeat(64)
 }
 
+/// The name in a host's certificate.
+pub(crate) fn server_name(id: HostId) -> String {
+    format!("node-{id}.sim.trine")
+}
+
 /// A host that wants in.
 pub(crate) fn new_host(id: HostId) -> NewHost {
     let number = u8::try_from(id.0).unwrap_or(u8::MAX);
@@ -39,7 +44,7 @@ pub(crate) fn new_host(id: HostId) -> NewHost {
             raft: at(8775),
             storage: at(8776),
             tunnel: at(4789),
-            server_name: format!("node-{number}.sim.trine"),
+            server_name: server_name(id),
         },
         capacity: Capacity { vcpus: 2, ram_mib: 5_120, disk_gib: 14 },
         feature_level: FEATURE_LEVEL,

@@ -34,7 +34,7 @@ pub fn host_view(state: &State, host: HostId) -> HostView {
         servers,
         volumes: volumes
             .filter_map(|id| state.volume.volumes.get(id))
-            .map(|volume| (volume.id.clone(), volume_view(host, volume)))
+            .map(|volume| (volume.id.clone(), volume_view(state, host, volume)))
             .collect(),
         images: state
             .image
@@ -130,7 +130,8 @@ fn attachment_view(
     }
 }
 
-fn volume_view(host: HostId, volume: &Volume) -> VolumeView {
+fn volume_view(state: &State, host: HostId, volume: &Volume) -> VolumeView {
+    let elsewhere = |attachment: &Attachment| attachment.host.filter(|at| *at != host);
     VolumeView {
         size_bytes: volume.size_gib << 30,
         wanted: volume.status != VolumeStatus::Deleting,
@@ -140,6 +141,7 @@ fn volume_view(host: HostId, volume: &Volume) -> VolumeView {
             server: attachment.server_id.clone(),
             generation: attachment.generation,
             remote: attachment.host != Some(host),
+            host: elsewhere(attachment).and_then(|at| peer(state, at)).map(|at| at.server_name),
         }),
     }
 }

@@ -51,10 +51,12 @@ pub enum GuestState {
 }
 
 /// A volume in this host's storage.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Volume {
     /// Who may write to it by the gate's own record.
     pub holder: Option<(ServerId, u64)>,
+    /// The host that its export is for, by the name in its certificate.
+    pub host: Option<String>,
 }
 
 /// The switch.

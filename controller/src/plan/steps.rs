@@ -184,8 +184,10 @@ fn volume_step(id: &VolumeId, wanted: &VolumeView, observed: &Observed) -> Optio
     }
     match (&wanted.holder, &present.holder) {
         (Some(holder), held) if holder.remote => {
-            let exported = held.as_ref() == Some(&(holder.server.clone(), holder.generation));
-            (!exported).then(|| Step::ExportVolume(id.clone()))
+            let held = held.as_ref() == Some(&(holder.server.clone(), holder.generation));
+            let exported = held && present.host == holder.host;
+            // To nobody before it is known to whom.
+            (!exported && holder.host.is_some()).then(|| Step::ExportVolume(id.clone()))
         }
         // A guest on this host opens the gate itself when it is plugged.
         (Some(holder), Some((server, generation))) if *generation < holder.generation => {

@@ -140,7 +140,7 @@ fn a_volume_elsewhere_is_exported_plugged_unplugged_and_released() {
     let home = sample.volume_of("v1").home.expect("it fits");
     assert_ne!(home, host);
     let mut at_home = calm();
-    at_home.volumes.insert("v1".into(), Volume { holder: None });
+    at_home.volumes.insert("v1".into(), Volume::default());
     check(&sample, home, &at_home, &[]);
     sample.volume(VolumeCommand::Attach {
         volume_id: "v1".into(),
@@ -152,7 +152,15 @@ fn a_volume_elsewhere_is_exported_plugged_unplugged_and_released() {
     });
     check(&sample, home, &at_home, &[Step::ExportVolume("v1".into())]);
     check(&sample, host, &observed, &[Step::PlugVolume("s1".into(), "a1".into())]);
-    at_home.volumes.insert("v1".into(), Volume { holder: Some(("s1".into(), 1)) });
+    // A grant that names nobody, or another host, is none yet.
+    let name = |at: HostId| sample.state.cluster.hosts.get(&at).expect("it is in the cluster");
+    let [own, others] = [host, home].map(|at| Some(name(at).addresses.server_name.clone()));
+    for granted_to in [None, others] {
+        let volume = Volume { holder: Some(("s1".into(), 1)), host: granted_to };
+        at_home.volumes.insert("v1".into(), volume);
+        check(&sample, home, &at_home, &[Step::ExportVolume("v1".into())]);
+    }
+    at_home.volumes.insert("v1".into(), Volume { holder: Some(("s1".into(), 1)), host: own });
     check(&sample, home, &at_home, &[]);
     observed.guests.get_mut("s1").expect("it runs").volumes.insert("v1".into());
     check(&sample, host, &observed, &[Step::ReportPlugged("s1".into(), "a1".into())]);
@@ -166,7 +174,7 @@ fn a_volume_elsewhere_is_exported_plugged_unplugged_and_released() {
     // Deleted before it was released: the gate would keep it.
     sample.volume(VolumeCommand::Delete("v1".into()));
     check(&sample, home, &at_home, &[release]);
-    at_home.volumes.insert("v1".into(), Volume { holder: None });
+    at_home.volumes.insert("v1".into(), Volume::default());
     check(&sample, home, &at_home, &[Step::DeleteVolume("v1".into())]);
 }
 
@@ -175,7 +183,7 @@ fn what_belongs_to_nothing_is_removed_but_not_what_is_just_being_uploaded() {
     let mut sample = Sample::new();
     let mut observed = calm();
     observed.guests.insert("stray".into(), guest(1, GuestState::Running));
-    observed.volumes.insert("lost".into(), Volume { holder: None });
+    observed.volumes.insert("lost".into(), Volume::default());
     observed.images.insert("cd".repeat(64));
     observed.images.insert(crate::state::fixture::content().sha512);
     let strays = [Step::RemoveGuest("stray".into()), Step::DeleteVolume("lost".into())];

@@ -143,6 +143,8 @@ pub struct Holder {
     pub generation: u64,
     /// Whether its guest runs on another host.
     pub remote: bool,
+    /// The name in that host's certificate: the volume is exported to it alone.
+    pub host: Option<String>,
 }
 
 /// What a host's switch is to do.

@@ -161,7 +161,7 @@ impl Agent {
         let made = self.blocking(move |agent| {
             let made = agent.storage()?.create_volume(volume_id.as_str(), size_bytes);
             if made.is_ok() {
-                let empty = observed::Volume { holder: None };
+                let empty = observed::Volume::default();
                 agent.with_world(|world| world.volume_is(&volume_id, Some(empty)));
             }
             Ok(made)

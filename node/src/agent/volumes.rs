@@ -25,16 +25,19 @@ impl Agent {
     pub(super) async fn export_volume(&self, id: &VolumeId, view: &HostView) -> Result<()> {
         let holder = view.volumes.get(id).and_then(|volume| volume.holder.clone());
         let holder = holder.context("the volume's attachment left the view")?;
+        let host = holder.host.context("the server's host left the cluster")?;
         let id = id.clone();
         self.blocking(move |agent| {
-            agent.storage()?.export_volume(Attachment {
+            let attachment = Attachment {
                 volume_id: id.to_string(),
                 server_id: holder.server.to_string(),
                 generation: holder.generation,
                 read_only: false,
-            })?;
+            };
+            agent.storage()?.export_volume_to(attachment, &host)?;
             let holder = Some((holder.server, holder.generation));
-            agent.with_world(|world| world.volume_is(&id, Some(observed::Volume { holder })));
+            let exported = observed::Volume { holder, host: Some(host) };
+            agent.with_world(|world| world.volume_is(&id, Some(exported)));
             Ok(())
         })
         .await
@@ -49,7 +52,7 @@ impl Agent {
         let (id, server) = (id.clone(), server.clone());
         self.blocking(move |agent| {
             agent.storage()?.detach_volume(id.as_str(), server.as_str(), generation)?;
-            let free = observed::Volume { holder: None };
+            let free = observed::Volume::default();
             agent.with_world(|world| world.volume_is(&id, Some(free)));
             Ok(())
         })
@@ -168,9 +171,8 @@ impl Agent {
 
     fn opened_here(&self, server: &ServerId, wanted: &AttachmentView) {
         let holder = Some((server.clone(), wanted.generation));
-        self.with_world(|world| {
-            world.volume_is(&wanted.volume, Some(observed::Volume { holder }));
-        });
+        let opened = observed::Volume { holder, host: None };
+        self.with_world(|world| world.volume_is(&wanted.volume, Some(opened)));
     }
 
     pub(super) async fn unplug_volume(
@@ -217,7 +219,7 @@ impl Agent {
             _ => {}
         }
         if attachment.home.is_none() {
-            let free = observed::Volume { holder: None };
+            let free = observed::Volume::default();
             self.with_world(|world| world.volume_is(id, Some(free)));
         }
         Ok(())

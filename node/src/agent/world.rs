@@ -225,9 +225,10 @@ impl World {
 
     pub(super) fn saw_storage(&mut self, status: &storage::control::Status) {
         let volumes = status.volumes.iter().map(|volume| {
-            let holder = volume.attached.as_ref();
-            let holder = holder.map(|h| (ServerId::from(h.server_id.clone()), volume.generation));
-            (VolumeId::from(volume.id.clone()), observed::Volume { holder })
+            let attached = volume.attached.as_ref();
+            let holder = attached.map(|h| (ServerId::from(h.server_id.clone()), volume.generation));
+            let host = attached.and_then(|holder| holder.host.clone());
+            (VolumeId::from(volume.id.clone()), observed::Volume { holder, host })
         });
         self.volumes = Some(volumes.collect());
         self.roots = status.servers.iter().map(|id| ServerId::from(id.clone())).collect();

@@ -12,7 +12,8 @@ use controller::state::volume::VolumeCommand;
 use super::Agent;
 use crate::hardware::Hardware;
 use crate::hardware::guest::{Disk, Guest};
-use crate::hardware::storage::{Access, Claim};
+use crate::hardware::storage::Claim;
+use crate::setup::server_name;
 
 /// Failed tries after which a server goes to ERROR, as in the node.
 const START_TRIES: u32 = 3;
@@ -129,7 +130,8 @@ impl Agent {
         let holder = holder.ok_or("the volume's attachment left the view")?;
         let claim =
             Claim { volume: id.clone(), server: holder.server, generation: holder.generation };
-        self.storage(|storage| storage.claim(&claim, Access::Export))
+        let host = holder.host.ok_or("the server's host left the cluster")?;
+        self.storage(|storage| storage.export(&claim, &host))
     }
 
     async fn start_guest(&self, step: &Step, view: &ServerView) -> Done {
@@ -342,7 +344,7 @@ impl Agent {
                 return Err(format!("host {home} can't be reached"));
             }
             let there = shared.hosts.get_mut(&home).ok_or("its home is gone")?;
-            there.storage.connect(claim)
+            there.storage.connect(claim, &server_name(self.host))
         })
     }
 

@@ -9,7 +9,7 @@ use controller::plan::observed;
 
 /// How a holder reaches its volume.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Access {
+enum Access {
     /// By a descriptor, on this host.
     Local,
     /// By a connection from another host.
@@ -32,6 +32,8 @@ pub(crate) struct Claim {
 struct Volume {
     generation: u64,
     holder: Option<(ServerId, Access)>,
+    /// The host that an export is for: the one that was named.
+    host: Option<String>,
     session: Option<u64>,
     /// Servers whose guests hold a descriptor.
     open: BTreeSet<ServerId>,
@@ -92,7 +94,7 @@ impl Storage {
         let volumes = self.volumes.iter().map(|(id, volume)| {
             let holder = volume.holder.as_ref();
             let holder = holder.map(|(server, _)| (server.clone(), volume.generation));
-            (id.clone(), observed::Volume { holder })
+            (id.clone(), observed::Volume { holder, host: volume.host.clone() })
         });
         volumes.collect()
     }
@@ -117,7 +119,7 @@ impl Storage {
     }
 
     /// Makes a server the holder.
-    pub(crate) fn claim(&mut self, claim: &Claim, access: Access) -> Result<(), Refusal> {
+    fn claim(&mut self, claim: &Claim, access: Access) -> Result<(), Refusal> {
         let volume = self.get(&claim.volume)?;
         let same = volume.holder.as_ref() == Some(&(claim.server.clone(), access));
         if claim.generation < volume.generation {
@@ -132,7 +134,23 @@ impl Storage {
         volume.session = None;
         volume.generation = claim.generation;
         volume.holder = Some((claim.server.clone(), access));
+        volume.host = None;
         Ok(())
+    }
+
+    /// Makes a server on another host the holder; only that host may connect.
+    pub(crate) fn export(&mut self, claim: &Claim, host: &str) -> Result<(), Refusal> {
+        self.claim(claim, Access::Export)?;
+        let volume = self.get(&claim.volume)?;
+        match &volume.host {
+            Some(bound) if bound != host => {
+                Err(format!("volume {} is exported to {bound}, not to {host}", claim.volume))
+            }
+            _ => {
+                volume.host = Some(host.to_owned());
+                Ok(())
+            }
+        }
     }
 
     /// Makes a server on this host the holder, and gives its guest a descriptor.
@@ -142,14 +160,17 @@ impl Storage {
         Ok(())
     }
 
-    /// Opens an exported volume for a connection; an earlier one is cut off.
-    pub(crate) fn connect(&mut self, claim: &Claim) -> Result<u64, Refusal> {
+    /// Opens an exported volume for a connection from a host; an earlier one is cut off.
+    pub(crate) fn connect(&mut self, claim: &Claim, host: &str) -> Result<u64, Refusal> {
         self.sessions += 1;
         let session = self.sessions;
         let volume = self.get(&claim.volume)?;
         let holder = Some((claim.server.clone(), Access::Export));
         if volume.generation != claim.generation || volume.holder != holder {
             return Err(format!("volume {} isn't exported to {}", claim.volume, claim.server));
+        }
+        if volume.host.as_deref() != Some(host) {
+            return Err(format!("volume {} isn't exported to {host}", claim.volume));
         }
         volume.session = Some(session);
         Ok(session)
@@ -174,6 +195,7 @@ impl Storage {
             volume.session = None;
             volume.generation = generation;
             volume.holder = None;
+            volume.host = None;
         }
         Ok(())
     }
