@@ -23,6 +23,8 @@ pub struct Disk {
     pub descriptor: OwnedFd,
     /// Its size.
     pub size_bytes: u64,
+    /// For a connected volume its home's storage epoch, else 0.
+    pub epoch: u64,
 }
 
 impl Client {
@@ -150,7 +152,7 @@ impl Client {
     /// At the home, for a server on another host: permits its connection; gives the size.
     pub fn export_volume(&mut self, attachment: Attachment) -> Result<u64, Error> {
         match self.call(Request::ExportVolume(attachment), &[])?.0 {
-            Reply::Disk { size_bytes } => Ok(size_bytes),
+            Reply::Disk { size_bytes, .. } => Ok(size_bytes),
             other => Err(unexpected(&other)),
         }
     }
@@ -159,7 +161,7 @@ impl Client {
     pub fn export_volume_to(&mut self, attachment: Attachment, host: &str) -> Result<u64, Error> {
         let request = Request::ExportVolumeTo { attachment, host: host.to_owned() };
         match self.call(request, &[])?.0 {
-            Reply::Disk { size_bytes } => Ok(size_bytes),
+            Reply::Disk { size_bytes, .. } => Ok(size_bytes),
             other => Err(unexpected(&other)),
         }
     }
@@ -206,7 +208,9 @@ impl Client {
     fn disk(&mut self, request: Request) -> Result<Disk, Error> {
         let (reply, descriptors) = self.call(request, &[])?;
         match (reply, descriptors.into_iter().next()) {
-            (Reply::Disk { size_bytes }, Some(descriptor)) => Ok(Disk { descriptor, size_bytes }),
+            (Reply::Disk { size_bytes, epoch }, Some(descriptor)) => {
+                Ok(Disk { descriptor, size_bytes, epoch: epoch.unwrap_or_default() })
+            }
             (Reply::Disk { .. }, None) => {
                 Err(Error::unreachable("storage answered with a disk but no descriptor"))
             }

@@ -204,6 +204,11 @@ pub enum Reply {
     Disk {
         /// Its size.
         size_bytes: u64,
+        /// The storage epoch of its home, to [`Request::ConnectVolume`]: another one than at an
+        /// earlier connection means that the home's kernel ended meanwhile, and with it what was
+        /// written and not flushed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        epoch: Option<u64>,
     },
     /// It was not done, and nothing was changed.
     Error(Error),

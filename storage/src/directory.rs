@@ -3,7 +3,7 @@
 //! leaves the old or the new; what it leaves under `staging/` is removed at the next start.
 //!
 //! ```text
-//! storage.json              version, cluster id
+//! storage.json              version, cluster id, epoch and the boot that it is of
 //! lock                      held while a process runs
 //! staging/
 //! images/<sha512>/          content, image.json
@@ -25,16 +25,21 @@ use std::time::Instant;
 const VERSION: u32 = 1;
 const FSYNC_ROUNDS: usize = 31;
 
-#[derive(Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Stamp {
     version: u32,
     cluster_id: String,
+    #[serde(default)]
+    epoch: u64,
+    #[serde(default)]
+    boot_id: String,
 }
 
 /// The locked directory.
 #[derive(Debug)]
 pub(crate) struct Directory {
     path: PathBuf,
+    epoch: u64,
     serial: AtomicU64,
     /// Released when dropped, or when the process ends however it ends.
     _lock: File,
@@ -50,9 +55,9 @@ pub fn hand_to_cluster(path: &Path, from: &str, to: &str) -> Result<(), StartErr
             let directory = Directory::open(path, from)?;
             let stamp = directory.path.join("storage.json");
             let failed = |source| StartError::Directory { path: stamp.clone(), source };
-            let new = Stamp { version: VERSION, cluster_id: to.to_owned() };
-            let bytes = serde_json::to_vec_pretty(&new).map_err(|error| failed(error.into()))?;
-            directory.write(&stamp, &bytes).map_err(failed)
+            let bytes = fs::read(&stamp).map_err(failed)?;
+            let old: Stamp = serde_json::from_slice(&bytes).map_err(|e| failed(e.into()))?;
+            directory.write_stamp(&Stamp { cluster_id: to.to_owned(), ..old })
         }
         result => result.map(drop),
     }
@@ -78,35 +83,60 @@ impl Directory {
         for name in ["staging", "images", "instances", "volumes"] {
             make(&path.join(name)).map_err(failed)?;
         }
-        let directory = Self { path: path.to_owned(), serial: AtomicU64::new(0), _lock: lock };
-        directory.stamp(cluster_id)?;
+        let (path_of_its_own, serial) = (path.to_owned(), AtomicU64::new(0));
+        let mut directory = Self { path: path_of_its_own, epoch: 0, serial, _lock: lock };
+        directory.epoch = directory.stamp(cluster_id)?;
         sync(path).map_err(failed)?;
         Ok(directory)
     }
 
-    fn stamp(&self, cluster_id: &str) -> Result<(), StartError> {
-        let path = self.path.join("storage.json");
+    /// Checks whose directory it is; the epoch, which is raised durably in each boot of the kernel.
+    fn stamp(&self, cluster_id: &str) -> Result<u64, StartError> {
+        let path = self.stamp_path();
         let failed = |source| StartError::Directory { path: path.clone(), source };
-        match fs::read(&path) {
+        let boot_id = boot_id().map_err(failed)?;
+        let found: Option<Stamp> = match fs::read(&path) {
             Ok(bytes) => {
-                let stamp: Stamp =
-                    serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))?;
-                if stamp.version != VERSION {
-                    return Err(StartError::Version { path, version: stamp.version });
-                }
-                if stamp.cluster_id != cluster_id {
-                    return Err(StartError::ForeignCluster { path, found: stamp.cluster_id });
-                }
-                Ok(())
+                Some(serde_json::from_slice(&bytes).map_err(|error| failed(error.into()))?)
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let stamp = Stamp { version: VERSION, cluster_id: cluster_id.to_owned() };
-                let bytes =
-                    serde_json::to_vec_pretty(&stamp).map_err(|error| failed(error.into()))?;
-                self.write(&path, &bytes).map_err(failed)
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(failed(error)),
+        };
+        let epoch = match &found {
+            Some(stamp) if stamp.version != VERSION => {
+                return Err(StartError::Version { path, version: stamp.version });
             }
-            Err(error) => Err(failed(error)),
+            Some(stamp) if stamp.cluster_id != cluster_id => {
+                return Err(StartError::ForeignCluster { path, found: stamp.cluster_id.clone() });
+            }
+            Some(stamp) if stamp.boot_id == boot_id => stamp.epoch,
+            Some(stamp) => stamp.epoch + 1,
+            None => 1,
+        };
+        let cluster_id = cluster_id.to_owned();
+        let stamp = Stamp { version: VERSION, cluster_id, epoch, boot_id };
+        if found.as_ref() != Some(&stamp) {
+            self.write_stamp(&stamp)?;
         }
+        Ok(epoch)
+    }
+
+    fn write_stamp(&self, stamp: &Stamp) -> Result<(), StartError> {
+        let path = self.stamp_path();
+        serde_json::to_vec_pretty(stamp)
+            .map_err(io::Error::from)
+            .and_then(|bytes| self.write(&path, &bytes))
+            .map_err(|source| StartError::Directory { path, source })
+    }
+
+    fn stamp_path(&self) -> PathBuf {
+        self.path.join("storage.json")
+    }
+
+    /// Differs from that of every other boot of the kernel over this directory: what the page cache
+    /// held of its files in another epoch may be lost.
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -180,6 +210,11 @@ impl Directory {
     }
 }
 
+/// The id of the kernel's boot.
+fn boot_id() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
 /// Something half made: removed when dropped, unless it was renamed to its place.
 #[derive(Debug)]
 pub(crate) struct Staging {
@@ -249,6 +284,22 @@ mod tests {
         drop(Directory::open(place.path(), "c1").unwrap());
         let error = Directory::open(place.path(), "c2").unwrap_err();
         assert!(matches!(error, StartError::ForeignCluster { .. }), "{error}");
+    }
+
+    #[test]
+    fn the_epoch_is_another_one_in_another_boot_and_only_then() {
+        let place = tempfile::tempdir().unwrap();
+        let epoch = || Directory::open(place.path(), "c1").unwrap().epoch();
+        assert_eq!((epoch(), epoch()), (1, 1));
+        let stamp = place.path().join("storage.json");
+        let text = fs::read_to_string(&stamp).unwrap();
+        fs::write(&stamp, text.replace(&boot_id().unwrap(), "another")).unwrap();
+        assert_eq!((epoch(), epoch()), (2, 2));
+        // As an earlier version left it: whatever boot that was.
+        fs::write(&stamp, r#"{"version": 1, "cluster_id": "c1"}"#).unwrap();
+        assert_eq!(epoch(), 1);
+        hand_to_cluster(place.path(), "c1", "c2").unwrap();
+        assert_eq!(Directory::open(place.path(), "c2").unwrap().epoch(), 1);
     }
 
     #[test]

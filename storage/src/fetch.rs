@@ -133,7 +133,8 @@ impl Fetcher {
         let identity = self.identity.clone();
         let (peer, name) = (peer.clone(), format!("image/{sha512}"));
         let transfer = self.runtime.spawn(async move {
-            let (stream, info) = client::connect(&identity, &peer, &name).await?;
+            let (stream, described) = client::connect(&identity, &peer, &name).await?;
+            let info = described.info;
             if info.size_bytes != size_bytes {
                 return Err(Error::new(
                     ErrorKind::HashMismatch,

@@ -2,7 +2,7 @@
 //! guest's process on the other, bytes carried both ways.
 
 use crate::control::{Attachment, Connected, Error, Peer, check_id, check_size};
-use crate::nbd::client;
+use crate::nbd::client::{self, Described};
 use crate::nbd::tls::Identity;
 use crate::volumes::ExportName;
 use std::collections::HashMap;
@@ -36,7 +36,7 @@ impl Remotes {
         Self { identity, runtime, bridges: Mutex::new(HashMap::new()) }
     }
 
-    /// Connects to a volume at its home; gives the guest's end.
+    /// Connects to a volume at its home; gives the guest's end and the home's epoch.
     pub(crate) fn connect(
         &self,
         attachment: &Attachment,
@@ -53,7 +53,7 @@ impl Remotes {
             server_id: attachment.server_id.clone(),
         };
         let export = name.to_string();
-        let (stream, info) =
+        let (stream, Described { info, epoch }) =
             self.runtime.block_on(client::connect(&self.identity, home, &export))?;
         if info.size_bytes != size_bytes {
             return Err(Error::invalid(format!(
@@ -78,7 +78,7 @@ impl Remotes {
         let task = self.runtime.spawn(carry(ours, stream, export));
         let key = (name.volume_id, name.server_id);
         bridges.insert(key, Bridge { generation: name.generation, task });
-        Ok((guests.into(), size_bytes))
+        Ok((guests.into(), epoch))
     }
 
     /// Closes a connection, if there is one.

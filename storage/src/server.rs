@@ -104,15 +104,15 @@ impl Store {
             }
             Request::ExportVolume(attachment) => {
                 let size_bytes = self.volumes.export(&attachment, None)?;
-                Ok((Reply::Disk { size_bytes }, None))
+                Ok((Reply::Disk { size_bytes, epoch: None }, None))
             }
             Request::ExportVolumeTo { attachment, host } => {
                 let size_bytes = self.volumes.export(&attachment, Some(&host))?;
-                Ok((Reply::Disk { size_bytes }, None))
+                Ok((Reply::Disk { size_bytes, epoch: None }, None))
             }
             Request::ConnectVolume { attachment, size_bytes, home } => {
-                let (socket, size_bytes) = self.remotes.connect(&attachment, size_bytes, &home)?;
-                disk(socket, size_bytes)
+                let (socket, epoch) = self.remotes.connect(&attachment, size_bytes, &home)?;
+                Ok((Reply::Disk { size_bytes, epoch: Some(epoch) }, Some(socket)))
             }
             change => {
                 self.change(change)?;
@@ -178,5 +178,5 @@ impl Store {
 }
 
 fn disk(descriptor: impl Into<OwnedFd>, size_bytes: u64) -> Result<Answer, Error> {
-    Ok((Reply::Disk { size_bytes }, Some(descriptor.into())))
+    Ok((Reply::Disk { size_bytes, epoch: None }, Some(descriptor.into())))
 }

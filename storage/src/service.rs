@@ -228,7 +228,8 @@ fn open_store(
     let handle = runtime.handle();
     let images = Arc::new(Images::open(directory.clone()).map_err(failed)?);
     let volumes = Arc::new(Volumes::open(directory.clone(), handle.clone()).map_err(failed)?);
-    let exports = Exports { images: images.clone(), volumes: volumes.clone() };
+    let exports =
+        Exports { images: images.clone(), volumes: volumes.clone(), epoch: directory.epoch() };
     let store = Store {
         directory: directory.clone(),
         instances: Instances::new(directory.clone(), images.clone()),

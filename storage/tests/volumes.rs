@@ -267,6 +267,31 @@ fn what_was_answered_before_the_homes_restart_is_covered_by_a_flush_after_it() {
 }
 
 #[test]
+fn a_connection_tells_whether_the_homes_kernel_started_anew_meanwhile() {
+    let authority = Authority::new();
+    let (mut home, mut remote) = (Host::start(&authority, 1), Host::start(&authority, 2));
+    home.client().create_volume("v", SIZE).unwrap();
+    let one = attachment("v", "a", 1);
+    home.client().export_volume(one.clone()).unwrap();
+    let epoch = |home: &Host, remote: &Host| {
+        remote.client().connect_volume(one.clone(), SIZE, home.peer()).unwrap().epoch
+    };
+    let first = epoch(&home, &remote);
+    home.restart();
+    remote.restart();
+    assert_eq!(epoch(&home, &remote), first, "a restart of storage loses no page cache");
+    home.stop();
+    let stamp = home.directory().join("storage.json");
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let text = std::fs::read_to_string(&stamp).unwrap();
+    std::fs::write(&stamp, text.replace(boot_id.trim(), "an earlier boot")).unwrap();
+    home.restart();
+    assert_eq!(epoch(&home, &remote), first + 1);
+    home.restart();
+    assert_eq!(epoch(&home, &remote), first + 1, "it is durable");
+}
+
+#[test]
 fn a_damaged_volume_is_named_and_hides_no_other() {
     let mut host = Host::start(&Authority::new(), 1);
     for id in ["torn", "short", "well"] {

@@ -301,7 +301,7 @@ fn a_guest_says_whether_its_hosts_lease_lets_it_write() {
     let hot = file(&[0; 4096]);
     client.add_disk(disk("near", 0), &[hot.as_fd()]).unwrap();
     let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    let refused = client.replace_disk("near", ours.as_fd()).unwrap_err().to_string();
+    let refused = client.replace_disk("near", ours.as_fd(), 1).unwrap_err().to_string();
     assert!(refused.contains("on this host"), "{refused}");
     client.kill().unwrap();
     wait(&guest);

@@ -111,7 +111,8 @@ impl Agent {
                 let home = Peer { address: home.address, server_name: home.server_name.clone() };
                 let disk = storage.connect_volume(attachment, wanted.size_bytes, home)?;
                 let socket = Resource::Descriptor(0);
-                let source = DiskSource::Nbd { socket, size_bytes: disk.size_bytes };
+                let (size_bytes, epoch) = (disk.size_bytes, disk.epoch);
+                let source = DiskSource::Nbd { socket, size_bytes, epoch };
                 (disk, source)
             }
         };
@@ -140,8 +141,8 @@ impl Agent {
                 read_only: false,
             };
             let disk = agent.storage()?.connect_volume(attachment, lost.size_bytes, home)?;
-            let replaced =
-                agent.vmm(&server)?.replace_disk(&disk_id(&lost.volume), disk.descriptor.as_fd());
+            let (id, socket) = (disk_id(&lost.volume), disk.descriptor.as_fd());
+            let replaced = agent.vmm(&server)?.replace_disk(&id, socket, disk.epoch);
             replaced.context("the VMM did not take the connection")?;
             agent.refresh_guest(&server);
             Ok(())

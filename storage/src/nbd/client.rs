@@ -16,12 +16,20 @@ const UNACKNOWLEDGED_MS_MAX: u32 = 30_000;
 /// Most replies to one option.
 const OPTION_REPLIES_MAX: usize = 64;
 
+/// What another host says of an export.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Described {
+    pub(crate) info: ExportInfo,
+    /// That host's storage epoch; 0 where it tells none.
+    pub(crate) epoch: u64,
+}
+
 /// Opens an export of another host: the stream is then in the transmission phase.
 pub(crate) async fn connect(
     identity: &Identity,
     peer: &Peer,
     export: &str,
-) -> Result<(ClientStream, ExportInfo), Error> {
+) -> Result<(ClientStream, Described), Error> {
     let failed = |message: String| {
         Error::unreachable(format!(
             "open {export} at {} ({}): {message}",
@@ -59,7 +67,7 @@ async fn handshake(
     identity: &Identity,
     peer: &Peer,
     export: &str,
-) -> Result<(ClientStream, ExportInfo), Refusal> {
+) -> Result<(ClientStream, Described), Refusal> {
     let mut stream = TcpStream::connect(peer.address).await?;
     prepare(&stream)?;
     let mut greeting = [0; 18];
@@ -76,8 +84,8 @@ async fn handshake(
         return Err(refusal(kind, &data));
     }
     let mut stream = identity.connect(stream, &peer.server_name).await?;
-    let info = go(&mut stream, export).await?;
-    Ok((stream, info))
+    let described = go(&mut stream, export).await?;
+    Ok((stream, described))
 }
 
 /// Small requests go out at once, and a peer that vanished is noticed.
@@ -90,18 +98,21 @@ pub(crate) fn prepare(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-async fn go(stream: &mut ClientStream, export: &str) -> Result<ExportInfo, Refusal> {
+async fn go(stream: &mut ClientStream, export: &str) -> Result<Described, Refusal> {
     let request = InfoRequest { name: export.to_owned(), wanted: vec![] };
     stream.write_all(&wire::option(option::GO, &request.encode())).await?;
     stream.flush().await?;
-    let mut info = None;
+    let (mut info, mut epoch) = (None, 0);
     for _ in 0..OPTION_REPLIES_MAX {
         match option_reply(stream, option::GO).await? {
-            (reply::INFO, data) => info = ExportInfo::parse(&data).or(info),
+            (reply::INFO, data) => {
+                info = ExportInfo::parse(&data).or(info);
+                epoch = wire::parse_epoch(&data).unwrap_or(epoch);
+            }
             (reply::ACK, _) => {
-                return info.ok_or_else(|| {
-                    wire::Malformed::Truncated { what: "the export's description" }.into()
-                });
+                let what = "the export's description";
+                let info = info.ok_or(wire::Malformed::Truncated { what })?;
+                return Ok(Described { info, epoch });
             }
             (kind, data) => return Err(refusal(kind, &data)),
         }

@@ -19,6 +19,8 @@ const ZEROES_BYTES: usize = 1 << 20;
 pub(crate) struct Exports {
     pub(crate) images: Arc<Images>,
     pub(crate) volumes: Arc<Volumes>,
+    /// [`crate::directory::Directory::epoch`].
+    pub(crate) epoch: u64,
 }
 
 /// What is open.

@@ -193,6 +193,10 @@ async fn describe(
                 let limits = wire::block_size_info();
                 answer.extend(wire::option_reply(asked.number, reply::INFO, &limits));
             }
+            if asked.number == option::GO || request.wanted.contains(&info::DESCRIPTION) {
+                let description = wire::description_info(exports.epoch);
+                answer.extend(wire::option_reply(asked.number, reply::INFO, &description));
+            }
             answer.extend(wire::option_reply(asked.number, reply::ACK, &[]));
             stream.write_all(&answer).await?;
             stream.flush().await?;

@@ -56,6 +56,7 @@ pub(crate) mod reply {
 /// `NBD_INFO_*`.
 pub(crate) mod info {
     pub(crate) const EXPORT: u16 = 0;
+    pub(crate) const DESCRIPTION: u16 = 2;
     pub(crate) const BLOCK_SIZE: u16 = 3;
 }
 
@@ -429,6 +430,24 @@ pub(crate) fn block_size_info() -> Vec<u8> {
     bytes
 }
 
+/// What comes before the epoch in a description.
+const EPOCH: &str = "trine storage, epoch ";
+
+/// The data of an `INFO` reply with a description: in the protocol a text for people, of which
+/// ours tells the epoch.
+pub(crate) fn description_info(epoch: u64) -> Vec<u8> {
+    [&info::DESCRIPTION.to_be_bytes()[..], format!("{EPOCH}{epoch}").as_bytes()].concat()
+}
+
+/// Reads the epoch from the data of an `INFO` reply; `None` where it is about something else.
+pub(crate) fn parse_epoch(data: &[u8]) -> Option<u64> {
+    let mut fields = Fields(data);
+    if fields.u16()? != info::DESCRIPTION {
+        return None;
+    }
+    std::str::from_utf8(fields.0).ok()?.strip_prefix(EPOCH)?.parse().ok()
+}
+
 /// The data of an `INFO` reply with an export's size and flags.
 pub(crate) fn export_info(export: &ExportInfo) -> Vec<u8> {
     [&info::EXPORT.to_be_bytes()[..], &export.encode()].concat()
@@ -490,11 +509,20 @@ mod tests {
         assert!(matches!(parsed, Err(Malformed::TooLong { .. })));
     }
 
+    #[test]
+    fn an_epoch_reads_back_as_written_and_is_in_no_other_info() {
+        assert_eq!(parse_epoch(&description_info(7)), Some(7));
+        assert_eq!(parse_epoch(&export_info(&ExportInfo::new(512, false))), None);
+        assert_eq!(parse_epoch(&[&[0, 2][..], b"a disk"].concat()), None);
+        assert_eq!(ExportInfo::parse(&description_info(7)), None);
+    }
+
     proptest! {
         #[test]
         fn whatever_arrives_is_read_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
             let _ = InfoRequest::parse(&bytes);
             let _ = ExportInfo::parse(&bytes);
+            let _ = parse_epoch(&bytes);
             let _ = parse_name(&bytes);
             if let Some(header) = bytes.first_chunk() {
                 let _ = Request::parse(header);

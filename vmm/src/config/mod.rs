@@ -221,6 +221,10 @@ pub enum DiskSource {
         socket: Resource,
         /// The export's size.
         size_bytes: u64,
+        /// The server's epoch: another one, at a later connection, means that the server may have
+        /// lost what it answered and was not asked to flush.
+        #[serde(default)]
+        epoch: u64,
     },
 }
 

@@ -110,8 +110,13 @@ impl Client {
     }
 
     /// Gives a remote disk another connection; see [`Request::ReplaceDisk`].
-    pub fn replace_disk(&self, id: &str, socket: BorrowedFd<'_>) -> Result<(), ControlError> {
-        self.done(Request::ReplaceDisk { id: id.into() }, &[socket])
+    pub fn replace_disk(
+        &self,
+        id: &str,
+        socket: BorrowedFd<'_>,
+        epoch: u64,
+    ) -> Result<(), ControlError> {
+        self.done(Request::ReplaceDisk { id: id.into(), epoch }, &[socket])
     }
 
     /// Hot-plugs a network device.

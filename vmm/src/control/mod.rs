@@ -38,10 +38,14 @@ pub enum Request {
     },
     /// Gives a remote disk another connection to the same bytes (one descriptor, as for
     /// [`crate::config::DiskSource::Nbd`]): what is unanswered is asked again there. The guest
-    /// notices a pause at most.
+    /// notices a pause at most; but where the server's epoch is another one and it holds writes
+    /// that were answered and not flushed, the guest's flush fails, once, because they may be lost.
     ReplaceDisk {
         /// The disk's id.
         id: String,
+        /// The server's epoch, as in [`crate::config::DiskSource::Nbd`].
+        #[serde(default)]
+        epoch: u64,
     },
     /// Hot-plugs a network device.
     AddNet(NetConfig),

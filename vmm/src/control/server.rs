@@ -120,7 +120,7 @@ fn answer(guest: &Guest, request: Request, descriptors: Vec<OwnedFd>) -> Answer 
             return Answer { reply: Reply::Status(status(guest)), descriptors: Vec::new() };
         }
         Request::AddDisk(disk) => add_disk(guest, &disk, descriptors),
-        Request::ReplaceDisk { id } => replace_disk(guest, &id, descriptors),
+        Request::ReplaceDisk { id, epoch } => replace_disk(guest, &id, epoch, descriptors),
         Request::AddNet(network) => add_net(guest, &network, descriptors),
         Request::RemoveDisk { id } => remove(guest, &id, DeviceKind::Disk),
         Request::RemoveNet { id } => remove(guest, &id, DeviceKind::Net),
@@ -179,11 +179,16 @@ fn add_disk(guest: &Guest, disk: &DiskConfig, descriptors: Vec<OwnedFd>) -> Resu
     add(guest, blk::open_inside(disk, &mut Supply::descriptors(descriptors), guest.lease.clone())?)
 }
 
-fn replace_disk(guest: &Guest, id: &str, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {
+fn replace_disk(
+    guest: &Guest,
+    id: &str,
+    epoch: u64,
+    descriptors: Vec<OwnedFd>,
+) -> Result<(), Refusal> {
     let link = guest.bus.disk_link(id)?;
     let what = format!("disk {id:?}");
     let socket = Supply::descriptors(descriptors).stream(&Resource::Descriptor(0), &what)?;
-    link.replace(socket).map_err(|error| Refusal("io", format!("{what}: {error}")))
+    link.replace(socket, epoch).map_err(|error| Refusal("io", format!("{what}: {error}")))
 }
 
 fn add_net(guest: &Guest, network: &NetConfig, descriptors: Vec<OwnedFd>) -> Result<(), Refusal> {

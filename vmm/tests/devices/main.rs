@@ -75,7 +75,7 @@ fn an_nbd_disk_works_and_its_servers_errors_are_io_errors() {
     let server = std::thread::spawn(move || nbd_server(theirs, vec![0; 2 << 20]));
     let config = disk_config(
         "far",
-        DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 2 << 20 },
+        DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 2 << 20, epoch: 1 },
     );
     let device =
         blk::open(&config, &mut Supply::descriptors(vec![OwnedFd::from(ours)]), None).unwrap();
@@ -255,7 +255,7 @@ fn remote_disk(rig: &Rig) -> UnixStream {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let config = disk_config(
         "far",
-        DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 2 << 20 },
+        DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: 2 << 20, epoch: 1 },
     );
     let mut supply = Supply::descriptors(vec![OwnedFd::from(ours)]);
     rig.bus.add_at_boot(blk::open(&config, &mut supply, None).unwrap()).unwrap();
@@ -325,7 +325,7 @@ fn a_lost_connection_is_a_pause_and_what_was_unanswered_is_asked_again() {
 
     let link = rig.bus.disk_link("far").unwrap();
     let (ours, server) = UnixStream::pair().unwrap();
-    link.replace(ours).unwrap();
+    link.replace(ours, 1).unwrap();
     let (kind, cookie, offset) = nbd_request(&server);
     assert_eq!((kind, offset), (0, 8 * 512));
     nbd_reply(&server, cookie, 0, &[5; 512]);
@@ -357,4 +357,65 @@ fn a_full_server_is_a_pause() {
         nbd_reply(&server, cookie, error, &[]);
     }
     until("the write", || driver.outcome(0) == OK);
+}
+
+/// Answers the next request, which must be of this kind.
+fn serve_next(server: &UnixStream, expected: u16) {
+    let (kind, cookie, _) = nbd_request(server);
+    assert_eq!(kind, expected);
+    nbd_reply(server, cookie, 0, &[]);
+}
+
+#[test]
+fn a_flush_fails_once_where_writes_may_be_lost_with_their_server() {
+    const NBD_WRITE: u16 = 1;
+    const NBD_FLUSH: u16 = 3;
+    let Some(rig) = rig() else { return };
+    let mut server = remote_disk(&rig);
+    let mut driver = Driver::start(&rig, 1, 1);
+    let link = rig.bus.disk_link("far").unwrap();
+    let connect = |epoch| {
+        let (ours, server) = UnixStream::pair().unwrap();
+        link.replace(ours, epoch).unwrap();
+        server
+    };
+    // Each round: writes that are answered, the flush after them, the epoch of the next connection,
+    // and what the first flush on it says. A flush that waits when the connection ends is one, too.
+    let rounds = [
+        (1, None, 1, OK),
+        (1, Some(OK), 2, OK),
+        (1, None, 3, FAILED),
+        (0, None, 4, OK),
+        (2, Some(WAITS), 5, FAILED),
+        (1, Some(WAITS), 5, OK),
+    ];
+    for (round, (writes, flush, epoch, expected)) in rounds.into_iter().enumerate() {
+        for _ in 0..writes {
+            driver.submit(0, WRITE, 8, 1);
+            serve_next(&server, NBD_WRITE);
+            until("the write", || driver.outcome(0) == OK);
+        }
+        if let Some(outcome) = flush {
+            driver.submit(1, FLUSH, 0, 0);
+            let (kind, cookie, _) = nbd_request(&server);
+            assert_eq!(kind, NBD_FLUSH);
+            if outcome == OK {
+                nbd_reply(&server, cookie, 0, &[]);
+            }
+            until("the flush", || driver.outcome(1) == outcome);
+        }
+        server = connect(epoch);
+        if flush != Some(WAITS) {
+            driver.submit(1, FLUSH, 0, 0);
+        }
+        if expected == OK {
+            serve_next(&server, NBD_FLUSH);
+        }
+        until("the outcome", || driver.outcome(1) != WAITS);
+        assert_eq!(driver.outcome(1), expected, "round {round}");
+        // It failed once: the next one goes to the server.
+        driver.submit(1, FLUSH, 0, 0);
+        serve_next(&server, NBD_FLUSH);
+        until("the next flush", || driver.outcome(1) == OK);
+    }
 }

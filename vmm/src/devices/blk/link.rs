@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 #[derive(Debug)]
 pub struct DiskLink {
     lost: AtomicBool,
-    replacement: Mutex<Option<UnixStream>>,
+    replacement: Mutex<Option<(UnixStream, u64)>>,
     wake: EventFd,
 }
 
@@ -23,12 +23,12 @@ impl DiskLink {
         })
     }
 
-    /// Hands the disk another connection to the same bytes. What it has not been answered is sent
-    /// again there; of several that it has not taken yet, the last one counts.
-    pub fn replace(&self, socket: UnixStream) -> std::io::Result<()> {
+    /// Hands the disk another connection to the same bytes, and its server's epoch. What it has not
+    /// been answered is sent again there; of several that it has not taken yet, the last one counts.
+    pub fn replace(&self, socket: UnixStream, epoch: u64) -> std::io::Result<()> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         let mut replacement = self.replacement.lock().unwrap_or_else(PoisonError::into_inner);
-        *replacement = Some(socket);
+        *replacement = Some((socket, epoch));
         // Under the lock, so that the loss of this very connection is not missed.
         self.lost.store(false, Ordering::Release);
         drop(replacement);
@@ -41,7 +41,7 @@ impl DiskLink {
     }
 
     /// The disk's thread: takes what [`DiskLink::replace`] left.
-    pub fn take(&self) -> Option<UnixStream> {
+    pub fn take(&self) -> Option<(UnixStream, u64)> {
         let _ = self.wake.read();
         self.replacement.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

@@ -163,9 +163,10 @@ fn make(
             let ring = ring(&file).map_err(unusable)?;
             (Source::Raw(file, ring.map(Box::new)), size)
         }
-        DiskSource::Nbd { socket, size_bytes } => {
+        DiskSource::Nbd { socket, size_bytes, epoch } => {
             let socket = supply.stream(socket, &what)?;
-            let client = NbdClient::new(socket).map_err(|error| unusable(error.to_string()))?;
+            let client =
+                NbdClient::new(socket, *epoch).map_err(|error| unusable(error.to_string()))?;
             let made = DiskLink::new().map_err(|error| unusable(error.to_string()))?;
             link = Some(Arc::new(made));
             (Source::Nbd(Box::new(client)), *size_bytes)
@@ -478,8 +479,8 @@ impl Disk {
         let (Source::Nbd(client), Some(link)) = (&mut self.source, &self.link) else {
             return Ok(());
         };
-        if let Some(socket) = link.take() {
-            client.replace(socket);
+        if let Some((socket, epoch)) = link.take() {
+            client.replace(socket, epoch);
         }
         let mut answered = Vec::new();
         if client.exchange(work, allowed, &mut answered).is_err() {

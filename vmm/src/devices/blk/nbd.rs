@@ -13,6 +13,9 @@
 //! home serves a new connection only after it has ended the old one with all it had in flight: an
 //! old write can't follow a newer one. What was answered and not flushed is in the page cache of
 //! the home's kernel, which a flush by another storage process of that host covers as well.
+//!
+//! Where that kernel itself ended, which the server's *epoch* tells, those writes may be lost. Then
+//! every flush that was to cover some of them fails, once, as on a disk that lost its cache.
 
 use super::execute::{Act, Job, advance, io_vectors, mark_dirty};
 use crate::devices::Work;
@@ -54,20 +57,37 @@ pub enum Answer {
 #[derive(Debug)]
 pub struct NbdClient {
     socket: Option<UnixStream>,
+    epoch: u64,
     cookie: u64,
-    unsent: VecDeque<Job>,
+    unsent: VecDeque<Asked>,
     sending: Option<Sending>,
-    sent: BTreeMap<u64, Job>,
+    sent: BTreeMap<u64, Asked>,
+    /// Flushes that fail, because writes that they were to cover may be lost.
+    doomed: Vec<Job>,
+    /// Writes that were answered.
+    written: u64,
+    /// So many of them are covered by a flush, one that failed or one that was answered.
+    flushed: u64,
+    /// The next flush fails.
+    owes_failure: bool,
     reply: [u8; REPLY_BYTES],
     reply_bytes: usize,
     receiving: Option<Receiving>,
+}
+
+/// A request.
+#[derive(Debug)]
+struct Asked {
+    job: Job,
+    /// [`NbdClient::written`] when it was asked: a flush covers that many.
+    covers: u64,
 }
 
 /// A request of which the first `done` bytes, header included, are sent.
 #[derive(Debug)]
 struct Sending {
     cookie: u64,
-    job: Job,
+    asked: Asked,
     done: usize,
 }
 
@@ -79,15 +99,20 @@ struct Receiving {
 }
 
 impl NbdClient {
-    /// Takes a connected socket.
-    pub fn new(socket: UnixStream) -> io::Result<NbdClient> {
+    /// Takes a connected socket, and its server's epoch.
+    pub fn new(socket: UnixStream, epoch: u64) -> io::Result<NbdClient> {
         rustix::io::ioctl_fionbio(&socket, true)?;
         Ok(NbdClient {
             socket: Some(socket),
+            epoch,
             cookie: 0,
             unsent: VecDeque::new(),
             sending: None,
             sent: BTreeMap::new(),
+            doomed: Vec::new(),
+            written: 0,
+            flushed: 0,
+            owes_failure: false,
             reply: [0; REPLY_BYTES],
             reply_bytes: 0,
             receiving: None,
@@ -101,7 +126,7 @@ impl NbdClient {
 
     /// Requests that are not answered.
     pub fn len(&self) -> usize {
-        self.unsent.len() + self.in_flight()
+        self.unsent.len() + self.doomed.len() + self.in_flight()
     }
 
     /// Whether every request is answered.
@@ -121,18 +146,43 @@ impl NbdClient {
 
     /// Whether a change waits to be sent.
     pub fn holds_changes(&self) -> bool {
-        self.unsent.iter().any(|job| job.act.changes())
+        self.unsent.iter().any(|asked| asked.job.act.changes())
     }
 
     /// Takes a request on.
     pub fn submit(&mut self, job: Job) {
-        self.unsent.push_back(job);
+        if self.owes_failure && job.act == Act::Flush {
+            self.owes_failure = false;
+            self.doomed.push(job);
+        } else {
+            self.unsent.push_back(Asked { job, covers: self.written });
+        }
     }
 
     /// Another connection takes the place of this one; everything unanswered is asked again there.
-    pub fn replace(&mut self, socket: UnixStream) {
+    /// In another epoch, what was answered and not flushed may be lost.
+    pub fn replace(&mut self, socket: UnixStream, epoch: u64) {
         self.lose();
         self.socket = Some(socket);
+        if std::mem::replace(&mut self.epoch, epoch) != epoch && self.written > self.flushed {
+            self.doom_flushes();
+        }
+    }
+
+    /// Fails every flush that was to cover writes which may be lost; or the next one, where some of
+    /// these writes are covered by none yet.
+    fn doom_flushes(&mut self) {
+        let mut covered = self.flushed;
+        for asked in std::mem::take(&mut self.unsent) {
+            if asked.job.act == Act::Flush && asked.covers > self.flushed {
+                covered = covered.max(asked.covers);
+                self.doomed.push(asked.job);
+            } else {
+                self.unsent.push_back(asked);
+            }
+        }
+        self.owes_failure |= covered < self.written;
+        self.flushed = self.written;
     }
 
     /// Closes the connection. What it was asked waits, in the order it came.
@@ -140,11 +190,11 @@ impl NbdClient {
         self.socket = None;
         self.reply_bytes = 0;
         self.receiving = None;
-        let sending = self.sending.take().map(|sending| sending.job);
-        let unanswered: Vec<Job> =
+        let sending = self.sending.take().map(|sending| sending.asked);
+        let unanswered: Vec<Asked> =
             std::mem::take(&mut self.sent).into_values().chain(sending).collect();
-        for job in unanswered.into_iter().rev() {
-            self.unsent.push_front(job);
+        for asked in unanswered.into_iter().rev() {
+            self.unsent.push_front(asked);
         }
     }
 
@@ -152,6 +202,9 @@ impl NbdClient {
     /// has closed the connection.
     pub fn forget(&mut self) {
         self.unsent.clear();
+        // A failure that the driver did not hear of is still to be told.
+        self.owes_failure |= !self.doomed.is_empty();
+        self.doomed.clear();
     }
 
     /// Sends and receives what goes without waiting; `allowed`: changes may be sent. Answered
@@ -165,6 +218,7 @@ impl NbdClient {
         allowed: bool,
         answered: &mut Vec<(Job, Answer)>,
     ) -> io::Result<()> {
+        answered.extend(self.doomed.drain(..).map(|job| (job, Answer::Failed)));
         if self.socket.is_none() {
             return Ok(());
         }
@@ -187,14 +241,15 @@ impl NbdClient {
                 None => return Ok(false),
             },
         };
-        if total(sending.job.data()) > DATA_BYTES_MAX {
-            answered.push((sending.job, Answer::Failed));
+        let job = &sending.asked.job;
+        if total(job.data()) > DATA_BYTES_MAX {
+            answered.push((sending.asked.job, Answer::Failed));
             return Ok(true);
         }
         let mut head = sending.header();
         let mut vectors = vec![vector(&mut head)];
-        if let Act::Write(_) = sending.job.act {
-            vectors.extend(io_vectors(&sending.job.request.from_guest, &work.ram)?);
+        if let Act::Write(_) = job.act {
+            vectors.extend(io_vectors(&job.request.from_guest, &work.ram)?);
         }
         let all: usize = vectors.iter().map(|vector| vector.iov_len).sum();
         let first = advance(&mut vectors, sending.done);
@@ -208,7 +263,7 @@ impl NbdClient {
         };
         sending.done += moved.unwrap_or(0);
         if sending.done == all {
-            self.sent.insert(sending.cookie, sending.job);
+            self.sent.insert(sending.cookie, sending.asked);
         } else {
             self.sending = Some(sending);
         }
@@ -220,10 +275,10 @@ impl NbdClient {
         if self.sent.len() >= IN_FLIGHT_MAX {
             return None;
         }
-        let index = self.unsent.iter().position(|job| allowed || !job.act.changes())?;
-        let job = self.unsent.remove(index)?;
+        let index = self.unsent.iter().position(|asked| allowed || !asked.job.act.changes())?;
+        let asked = self.unsent.remove(index)?;
         self.cookie += 1;
-        Some(Sending { cookie: self.cookie, job, done: 0 })
+        Some(Sending { cookie: self.cookie, asked, done: 0 })
     }
 
     /// Receives on; `false`: nothing more is here.
@@ -248,7 +303,7 @@ impl NbdClient {
         if word(0) != REPLY_MAGIC || word(4) == ERROR_SHUTDOWN {
             return Err(io::ErrorKind::InvalidData.into());
         }
-        let Some(job) = self.sent.get(&cookie) else {
+        let Some(Asked { job, .. }) = self.sent.get(&cookie) else {
             return Err(io::ErrorKind::InvalidData.into());
         };
         let answer = match word(4) {
@@ -259,10 +314,21 @@ impl NbdClient {
         let has_data = matches!(job.act, Act::Read(_)) && total(&job.request.to_guest) > 0;
         if answer == Answer::Done && has_data {
             self.receiving = Some(Receiving { cookie, done: 0 });
-        } else if let Some(job) = self.sent.remove(&cookie) {
-            answered.push((job, answer));
+        } else if let Some(asked) = self.sent.remove(&cookie) {
+            self.note(&asked, answer);
+            answered.push((asked.job, answer));
         }
         Ok(true)
+    }
+
+    /// Notes what an answer says about what is durable.
+    fn note(&mut self, asked: &Asked, answer: Answer) {
+        match asked.job.act {
+            // One that failed may have changed some of its bytes.
+            Act::Write(_) => self.written += 1,
+            Act::Flush if answer == Answer::Done => self.flushed = self.flushed.max(asked.covers),
+            _ => {}
+        }
     }
 
     fn receive_data(
@@ -271,7 +337,7 @@ impl NbdClient {
         work: &Work,
         answered: &mut Vec<(Job, Answer)>,
     ) -> io::Result<bool> {
-        let Some(job) = self.sent.get(&receiving.cookie) else {
+        let Some(Asked { job, .. }) = self.sent.get(&receiving.cookie) else {
             return Err(io::ErrorKind::InvalidData.into());
         };
         let to: &[Segment] = &job.request.to_guest;
@@ -287,8 +353,8 @@ impl NbdClient {
             return Ok(true);
         }
         mark_dirty(to, &work.ram);
-        if let Some(job) = self.sent.remove(&receiving.cookie) {
-            answered.push((job, Answer::Done));
+        if let Some(asked) = self.sent.remove(&receiving.cookie) {
+            answered.push((asked.job, Answer::Done));
         }
         Ok(true)
     }
@@ -338,7 +404,7 @@ enum Direction {
 
 impl Sending {
     fn header(&self) -> [u8; REQUEST_BYTES] {
-        let (command, offset) = match self.job.act {
+        let (command, offset) = match self.asked.job.act {
             Act::Read(offset) => (COMMAND_READ, offset),
             Act::Write(offset) => (COMMAND_WRITE, offset),
             _ => (COMMAND_FLUSH, 0),
@@ -348,7 +414,7 @@ impl Sending {
         head[6..8].copy_from_slice(&command.to_be_bytes());
         head[8..16].copy_from_slice(&self.cookie.to_be_bytes());
         head[16..24].copy_from_slice(&offset.to_be_bytes());
-        let len = if command == COMMAND_FLUSH { 0 } else { total(self.job.data()) as u32 };
+        let len = if command == COMMAND_FLUSH { 0 } else { total(self.asked.job.data()) as u32 };
         head[24..28].copy_from_slice(&len.to_be_bytes());
         head
     }
