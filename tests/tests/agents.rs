@@ -5,12 +5,17 @@ mod api;
 mod hosts;
 mod made;
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use api::{Api, id};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use hosts::power::rewrite;
 use hosts::{Host, Hosts, PATIENCE};
 use made::{Made, prepare};
 use reqwest::Method;
@@ -166,34 +171,47 @@ fn what_a_node_was_doing_when_it_was_killed_is_done_after_its_start() -> Result<
     })?;
     // Each round kills the node at another moment of the same work.
     for wait_ms in [0, 15, 40, 80] {
-        let server = asking.block_on(create(&api, &made, "node3", "print x"))?;
-        std::thread::sleep(Duration::from_millis(wait_ms));
-        hosts[2].kill_node()?;
-        hosts[2].start()?;
-        let (volume, _) = asking.block_on(async {
+        let mut killed = |asked: Result<()>| {
+            asked?;
+            std::thread::sleep(Duration::from_millis(wait_ms));
+            hosts[2].kill_node()?;
+            hosts[2].start()
+        };
+        let mut server = String::new();
+        killed(asking.block_on(async {
+            server = create(&api, &made, "node3", "print x").await?;
+            Ok(())
+        }))?;
+        let volume = asking.block_on(async {
             active(&api, &server).await?;
-            volume(&api).await
+            anyhow::Ok(volume(&api).await?.0)
         })?;
-        let attach = format!("{}/os-volume_attachments", path_of(&server));
-        let body = json!({"volumeAttachment": {"volumeId": volume}});
-        asking.block_on(api.make(&attach, body))?;
-        std::thread::sleep(Duration::from_millis(wait_ms));
-        hosts[2].kill_node()?;
-        hosts[2].start()?;
-        let volume = format!("/volume/v3/{}/volumes/{volume}", api.project);
-        asking.block_on(api.wait(&volume, |answer| answer["volume"]["status"] == "in-use"))?;
-        let (status, answer) =
-            asking.block_on(api.call(Method::DELETE, &path_of(&server), None))?;
-        ensure!(status == 204, "{status} {answer}");
-        std::thread::sleep(Duration::from_millis(wait_ms));
-        hosts[2].kill_node()?;
-        hosts[2].start()?;
-        asking.block_on(async {
-            api.wait_gone(&path_of(&server)).await?;
-            api.wait(&volume, |answer| answer["volume"]["status"] == "available").await?;
-            api.delete(&volume).await?;
-            api.wait_gone(&volume).await
-        })?;
+        let attachments = format!("{}/os-volume_attachments", path_of(&server));
+        let attach = || async {
+            let body = json!({"volumeAttachment": {"volumeId": volume}});
+            api.make(&attachments, body).await.map(drop)
+        };
+        let delete = |path: String| async {
+            let path = path;
+            let (status, answer) = api.call(Method::DELETE, &path, None).await?;
+            ensure!(status < 300, "DELETE {path}: {status} {answer}");
+            anyhow::Ok(())
+        };
+        let path = format!("/volume/v3/{}/volumes/{volume}", api.project);
+        let becomes = |status: &'static str| {
+            asking.block_on(api.wait(&path, move |answer| answer["volume"]["status"] == status))
+        };
+        killed(asking.block_on(attach()))?;
+        becomes("in-use")?;
+        killed(asking.block_on(delete(format!("{attachments}/{volume}"))))?;
+        becomes("available")?;
+        asking.block_on(attach())?;
+        becomes("in-use")?;
+        killed(asking.block_on(delete(path_of(&server))))?;
+        asking.block_on(api.wait_gone(&path_of(&server)))?;
+        becomes("available")?;
+        killed(asking.block_on(delete(path.clone())))?;
+        asking.block_on(api.wait_gone(&path))?;
     }
     let left = until(&hosts[2], "no guest to be left", |status| status["guests"] == json!([]))?;
     ensure!(left["reconcilers"]["open"] == true, "{left}");
@@ -242,6 +260,200 @@ fn a_host_that_is_cut_off_is_evacuated_and_returns_without_the_guests_that_left_
         ensure!(log.matches("trine: booted").count() == 1, "{log}");
         Ok(())
     })
+}
+
+#[test]
+fn a_host_that_lost_power_starts_each_guest_once_and_remote_writers_hear_of_it() -> Result<()> {
+    if !kvm_opens("a_host_that_lost_power_starts_each_guest_once_and_remote_writers_hear_of_it") {
+        return Ok(());
+    }
+    let mut hosts = Hosts::three()?;
+    let asking = runtime();
+    let cloud = asking.block_on(Rebooted::prepare(&hosts))?;
+    let Rebooted { host, runs, off, deleted, .. } = &cloud;
+    let (lost, started_by_spawner) = (*host, hosts[*host].vmm_processes()?);
+    let writer = hosts[2].guests()?;
+    let before = hosts[lost].guests()?;
+    ensure!(before.len() == 2, "{before:?}");
+
+    hosts[lost].lose_power()?;
+    asking.block_on(async {
+        let (status, answer) = cloud.api.delete(&path_of(deleted)).await?;
+        ensure!(status == 204, "delete while its host is away: {status} {answer}");
+        anyhow::Ok(())
+    })?;
+    let foreign = Foreign::leave(&hosts[lost], runs)?;
+    hosts[lost].start()?;
+
+    let running = |status: &Value| {
+        let guests = status["guests"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let running = guests.iter().filter(|guest| guest["state"] == "running");
+        running.map(|guest| guest["id"].as_str().unwrap_or_default()).eq([runs.as_str()])
+    };
+    until(&hosts[lost], "the one guest that should run", running)?;
+    asking.block_on(async {
+        active(&cloud.api, runs).await?;
+        cloud.api.wait_gone(&path_of(deleted)).await?;
+        let (_, answer) = cloud.api.get(&path_of(off)).await?;
+        ensure!(answer["server"]["status"] == "SHUTOFF", "{answer}");
+        let log = cloud.api.console(runs, "trine: step 2 disk-wait ok").await?;
+        ensure!(log.matches("trine: booted").count() == 1, "it booted twice:\n{log}");
+        cloud.writer_hears_of_it().await
+    })?;
+    let after = hosts[lost].guests()?;
+    ensure!(after.len() == 1 && !before.contains(&after[0]), "{before:?} then {after:?}");
+    ensure!(hosts[2].guests()? == writer, "the writer's process is another one");
+    // The spawner and one guest instead of two.
+    ensure!(hosts[lost].vmm_processes()? == started_by_spawner - 1, "a VMM too many");
+
+    foreign.check_while_held()?;
+    let released = foreign.release();
+    hosts[lost].kill_node()?;
+    hosts[lost].start()?;
+    ensure!(!released.exists(), "what the foreign process left is still there");
+    ensure!(hosts[lost].guests()? == after, "the guest is another one");
+    asking.block_on(cloud.delete_all())?;
+    until(&hosts[lost], "no guest to be left", |status| status["guests"] == json!([]))?;
+    ensure!(hosts[lost].guest_records()?.is_empty(), "a guest's directory is left");
+    Ok(())
+}
+
+/// Servers and volumes around a host that loses power.
+struct Rebooted {
+    api: Api,
+    /// The index of the host: the home of `far`.
+    host: usize,
+    /// Runs there, with `own` plugged.
+    runs: String,
+    /// Is there, stopped.
+    off: String,
+    /// Runs there until its host loses power.
+    deleted: String,
+    /// Runs on the third host and has written to `far`, without a flush.
+    writer: String,
+    far: String,
+    own: String,
+    signal: String,
+}
+
+impl Rebooted {
+    async fn prepare(hosts: &Hosts) -> Result<Rebooted> {
+        let api = Api::sign_in_at(&hosts.credentials()?, &hosts[2].api()).await?;
+        let made = prepare(hosts.directory(), &api).await?;
+        let volumes = [volume(&api).await?, volume(&api).await?, volume(&api).await?];
+        let (far, home) = volumes.iter().find(|(_, home)| home != "node3").context("a home")?;
+        let others = || volumes.iter().filter(|(_, other)| other != home).map(|(id, _)| id);
+        let (own, signal) = (others().next().context("two")?, others().next_back().context("two")?);
+        ensure!(own != signal, "all volumes have one home: {volumes:?}");
+        let waits = format!("print x\ndisk-wait {own} timeout=300");
+        let runs = create(&api, &made, home, &waits).await?;
+        let (off, deleted) =
+            (create(&api, &made, home, "print x").await?, create(&api, &made, home, "").await?);
+        let steps = format!(
+            "disk-wait {far}\ndisk-load {far} write seconds=0.3\nprint written\n\
+             disk-wait {signal} timeout=600\ndisk-write {far} pattern=p bytes=4096"
+        );
+        let writer = create(&api, &made, "node3", &steps).await?;
+        for server in [&runs, &off, &deleted, &writer] {
+            active(&api, server).await?;
+        }
+        let host = home.trim_start_matches("node").parse::<usize>()? - 1;
+        let [far, own, signal] = [far, own, signal].map(String::clone);
+        let all = Rebooted { api, host, runs, off, deleted, writer, far, own, signal };
+        all.attach(&all.runs, &all.own).await?;
+        all.attach(&all.writer, &all.far).await?;
+        all.api.console(&all.runs, "trine: step 2 disk-wait ok").await?;
+        all.api.console(&all.writer, "trine: step 3 print ok").await?;
+        let action = format!("{}/action", path_of(&all.off));
+        all.api.make(&action, json!({"os-stop": null})).await?;
+        let stopped = |answer: &Value| answer["server"]["status"] == "SHUTOFF";
+        all.api.wait(&path_of(&all.off), stopped).await?;
+        Ok(all)
+    }
+
+    fn path_of_volume(&self, volume: &str) -> String {
+        format!("/volume/v3/{}/volumes/{volume}", self.api.project)
+    }
+
+    /// Attaches a volume, as soon as its hosts are not fenced.
+    async fn attach(&self, server: &str, volume: &str) -> Result<()> {
+        let path = format!("{}/os-volume_attachments", path_of(server));
+        let started = Instant::now();
+        loop {
+            let body = json!({"volumeAttachment": {"volumeId": volume}});
+            let (status, answer) = self.api.call(Method::POST, &path, Some(body)).await?;
+            if status == 200 {
+                break;
+            }
+            ensure!(started.elapsed() < PATIENCE, "attach: {status} {answer}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let in_use = |answer: &Value| answer["volume"]["status"] == "in-use";
+        self.api.wait(&self.path_of_volume(volume), in_use).await.map(drop)
+    }
+
+    /// The guest whose writes may be lost is told so by its next flush.
+    async fn writer_hears_of_it(&self) -> Result<()> {
+        self.attach(&self.writer, &self.signal).await?;
+        let log = self.api.console(&self.writer, "trine: steps ").await?;
+        ensure!(
+            log.contains("trine: step 5 disk-write failed"),
+            "no error for lost writes:\n{log}"
+        );
+        Ok(())
+    }
+
+    async fn delete_all(&self) -> Result<()> {
+        let servers = [&self.runs, &self.off, &self.writer].map(|server| path_of(server));
+        let volumes = [&self.far, &self.own, &self.signal].map(|id| self.path_of_volume(id));
+        for path in servers.iter().chain(&volumes) {
+            let (status, answer) = self.api.delete(path).await?;
+            ensure!(status < 300, "delete {path}: {status} {answer}");
+            self.api.wait_gone(path).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What is in the guests' directory of a host and is none of its guests: this process holds one as a
+/// VMM does, the other is a copy that nobody holds.
+struct Foreign {
+    held: PathBuf,
+    copy: PathBuf,
+    _lock: File,
+    socket: UnixListener,
+}
+
+impl Foreign {
+    fn leave(host: &Host, server: &str) -> Result<Foreign> {
+        let guests = host.data.join("guests");
+        let record = guests.join(server).join("guest.json");
+        rewrite(&record, "nonce", json!("of-another-guest"))?;
+        let [held, copy] = ["held", "copy"].map(|name| guests.join(format!("{name}-{server}")));
+        for directory in [&held, &copy] {
+            std::fs::create_dir(directory)?;
+            std::fs::copy(&record, directory.join("guest.json"))?;
+        }
+        let lock = File::create(held.join("exit.json"))?;
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive)?;
+        // A socket's path holds 108 bytes.
+        let at = File::open(&held)?;
+        let socket = UnixListener::bind(format!("/proc/self/fd/{}/control.sock", at.as_raw_fd()))?;
+        socket.set_nonblocking(true)?;
+        Ok(Foreign { held, copy, _lock: lock, socket })
+    }
+
+    fn check_while_held(&self) -> Result<()> {
+        ensure!(!self.copy.exists(), "a copy of a guest's directory is still there");
+        ensure!(self.held.exists(), "the directory of a living process is gone");
+        let asked = self.socket.accept().map(drop).map_err(|error| error.kind());
+        ensure!(asked == Err(std::io::ErrorKind::WouldBlock), "the foreign process was asked");
+        Ok(())
+    }
+
+    fn release(self) -> PathBuf {
+        self.held
+    }
 }
 
 /// How long the guests of a host may still change their disks, by the page that they read.

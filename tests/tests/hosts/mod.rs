@@ -3,6 +3,8 @@
 // Each test uses its part.
 #![allow(dead_code)]
 
+pub(crate) mod power;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
