@@ -213,7 +213,8 @@ impl HostLease {
 
     /// Until when the host may change disks, by a state at `applied`; `guests` are those that run
     /// here or are being started. A host that has returned gets no permission before the last
-    /// guest that left it has ended: its placement may have changed while its return was proposed.
+    /// guest that left it has ended: its placement may have changed while its return was proposed,
+    /// and its server may since have been deleted where it went.
     pub fn writes_until<'a>(
         &mut self,
         host: HostId,
@@ -227,7 +228,7 @@ impl HostLease {
         }
         let elsewhere = |id: &ServerId| {
             let server = state.compute.servers.get(id);
-            server.is_some_and(|server| server.host != Some(host))
+            server.is_none_or(|server| server.host != Some(host))
         };
         if guests.into_iter().any(elsewhere) {
             return Until::Never;
@@ -378,7 +379,7 @@ mod tests {
         let elsewhere = sample.running("s1", None);
         assert_ne!(elsewhere, B);
         assert_eq!(lease.writes_until(B, 6, &sample.state, [&"s1".into()]), Until::Never);
-        assert_eq!(lease.writes_until(B, 6, &sample.state, [&"unknown".into()]), Until::At(at(9)));
+        assert_eq!(lease.writes_until(B, 6, &sample.state, [&"deleted".into()]), Until::Never);
         assert_eq!(lease.writes_until(B, 4, &sample.state, []), Until::Unknown);
         assert_eq!(lease.writes_until(B, 6, &sample.state, []), Until::At(at(9)));
         assert_eq!(lease.writes_until(B, 7, &sample.state, []), Until::At(at(10)));
