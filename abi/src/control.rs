@@ -48,6 +48,14 @@ pub fn send(socket: impl AsFd, message: &[u8], descriptors: &[BorrowedFd<'_>]) -
 
 /// Receives one frame; `None` where the peer closed between frames.
 pub fn receive(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    receive_at_most(socket, FRAME_BYTES_MAX)
+}
+
+/// As [`receive`], from a peer whose frames have at most `bytes_max` bytes.
+pub fn receive_at_most(
+    socket: impl AsFd,
+    bytes_max: usize,
+) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     let mut descriptors = Vec::new();
     let mut length = [0u8; 4];
     let mut filled = 0;
@@ -59,10 +67,10 @@ pub fn receive(socket: impl AsFd) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>>
         filled += read;
     }
     let length = u32::from_le_bytes(length) as usize;
-    if length > FRAME_BYTES_MAX {
+    if length > bytes_max {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            format!("control frame of {length} bytes; at most {FRAME_BYTES_MAX} are taken"),
+            format!("control frame of {length} bytes; at most {bytes_max} are taken"),
         ));
     }
     let mut message = vec![0u8; length];

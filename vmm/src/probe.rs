@@ -52,7 +52,8 @@ fn print(text: &mut Vec<u8>) {
     out(text, PORT_CONSOLE, 0);
 }
 
-fn elf(text: &[u8]) -> Vec<u8> {
+/// A 64-bit ELF whose code is `text`.
+pub fn elf(text: &[u8]) -> Vec<u8> {
     let mut image = Vec::with_capacity(HEADERS + text.len());
     let entry = u64::from(START) + HEADERS as u64;
     let size = (HEADERS + text.len()) as u64;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use vmm::control::command;
 
 const USAGE: &str = "\
 trine-vmm: a virtual machine monitor, one guest in one process
@@ -9,8 +10,11 @@ trine-vmm: a virtual machine monitor, one guest in one process
 Usage:
   trine-vmm run --config FILE   run the guest that FILE describes; its exit code is the guest's
   trine-vmm tier                say how tightly a guest is closed in here
+  trine-vmm control SOCKET ...  ask something of a running guest; see below
   trine-vmm spawner             start guests for a node; its socket is standard input
   trine-vmm --help              this text
+
+With --boot-timer, run says on standard error, when the guest has ended, how long its start took.
 
 A configuration (JSON; every path is opened before the sandbox closes):
 {
@@ -35,6 +39,13 @@ Also, where wanted:
   \"vsock\": { \"cid\": 3, \"socket\": { \"path\": \"/run/demo.vsock\" } }
                                                    streams: connect to the socket and write \"CONNECT PORT\\n\";
                                                    the guest's connections to port P go to /run/demo.vsock_P
+A running guest, by its control socket:
+{CONTROL}
+Example:
+  trine-vmm run --config demo.json &
+  trine-vmm control /run/demo.sock add-disk '{\"id\": \"data\", \"source\": {\"raw\": {\"path\": \"data.img\"}}}'
+  trine-vmm control /run/demo.sock metrics
+
 Memory in huge pages: \"huge_pages\": \"transparent\", or \"reserved\" (vm.nr_hugepages).
 ";
 
@@ -42,8 +53,17 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments.as_slice() {
-        ["run", "--config", file] => vmm::process::standalone::run(Path::new(file))
-            .map_or_else(|problems| fail(&problems), ExitCode::from),
+        ["run", "--config", file] => run(file, false),
+        ["run", "--boot-timer", "--config", file] | ["run", "--config", file, "--boot-timer"] => {
+            run(file, true)
+        }
+        ["control", socket, command @ ..] => match command::run(Path::new(socket), command) {
+            Ok(text) => {
+                print!("{text}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(&[error.to_string()]),
+        },
         ["spawner"] => match vmm::spawner::server::run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&[format!("spawner: {error}")]),
@@ -56,11 +76,16 @@ fn main() -> ExitCode {
             Err(error) => fail(&[error.to_string()]),
         },
         ["--help" | "-h" | "help"] => {
-            print!("{USAGE}");
+            print!("{}", USAGE.replace("{CONTROL}\n", command::USAGE));
             ExitCode::SUCCESS
         }
         _ => fail(&["unknown arguments; see trine-vmm --help".into()]),
     }
+}
+
+fn run(file: &str, boot_timer: bool) -> ExitCode {
+    vmm::process::standalone::run(Path::new(file), boot_timer)
+        .map_or_else(|problems| fail(&problems), ExitCode::from)
 }
 
 fn fail(problems: &[String]) -> ExitCode {

@@ -1,6 +1,6 @@
 //! The asking side of a control socket: blocking, one request at a time.
 
-use super::{BalloonStatus, CONTROL_VERSION, Envelope, Reply, Request, Status};
+use super::{BalloonStatus, CONTROL_VERSION, Envelope, Metrics, Reply, Request, Status};
 use crate::config::{DiskConfig, NetConfig, RateLimits};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -133,6 +133,19 @@ impl Client {
         self.done(Request::RemoveNet { id: id.into() }, &[])
     }
 
+    /// Takes a disk or network device away without the guest; see [`Request::ForceRemove`].
+    pub fn force_remove(&self, id: &str) -> Result<(), ControlError> {
+        self.done(Request::ForceRemove { id: id.into() }, &[])
+    }
+
+    /// Numbers about the guest.
+    pub fn metrics(&self) -> Result<Metrics, ControlError> {
+        match self.request(Request::Metrics, &[])? {
+            (Reply::Metrics(metrics), _) => Ok(metrics),
+            (other, _) => Err(ControlError::Protocol(format!("unexpected reply {other:?}"))),
+        }
+    }
+
     /// The packet ring of a network device: memory, from-guest eventfd, to-guest eventfd.
     pub fn net_ring(&self, id: &str) -> Result<[OwnedFd; 3], ControlError> {
         let (_, descriptors) = self.request(Request::NetRing { id: id.into() }, &[])?;
@@ -169,7 +182,7 @@ impl Client {
         }
     }
 
-    /// Stops the vCPUs.
+    /// Stops the vCPUs and the devices.
     pub fn pause(&self) -> Result<(), ControlError> {
         self.done(Request::Pause, &[])
     }

@@ -1,9 +1,12 @@
 //! Requests to a running VMM, over its control socket (`abi::control` frames of JSON).
 
 pub mod client;
+pub mod command;
+pub mod metrics;
 pub mod server;
 
 pub use client::{Client, ControlError};
+pub use metrics::Metrics;
 
 use crate::config::{DiskConfig, NetConfig, RateLimits, VmConfig};
 use crate::devices::balloon::statistics::Statistics;
@@ -34,6 +37,13 @@ pub enum Request {
     /// error of kind `guest_refused` with the disk still in place.
     RemoveDisk {
         /// The disk's id.
+        id: String,
+    },
+    /// Takes a disk or network device away whether the guest lets go of it or not, as if it had been
+    /// pulled out: what the guest had asked of it is never answered. [`Reply::Done`] when its host
+    /// side is closed.
+    ForceRemove {
+        /// The device's id.
         id: String,
     },
     /// Gives a remote disk another connection to the same bytes (one descriptor, as for
@@ -85,12 +95,22 @@ pub enum Request {
         #[serde(default)]
         to_guest: RateLimits,
     },
-    /// Stops the vCPUs.
+    /// Stops the vCPUs, then the devices: from the answer on nothing of the guest's memory or disks
+    /// changes. What a device had in flight is finished first.
     Pause,
     /// Lets them run.
     Resume,
+    /// Numbers about the guest: [`Reply::Metrics`].
+    Metrics,
     /// Ends the guest at once; the exit record says `killed`.
     Kill,
+}
+
+impl Request {
+    /// Whether descriptors go with it.
+    pub fn takes_descriptors(&self) -> bool {
+        matches!(self, Request::AddDisk(_) | Request::AddNet(_) | Request::ReplaceDisk { .. })
+    }
 }
 
 /// The answer to a request.
@@ -103,6 +123,8 @@ pub enum Reply {
     Status(Status),
     /// Answer to [`Request::Balloon`].
     Balloon(BalloonStatus),
+    /// Answer to [`Request::Metrics`].
+    Metrics(Metrics),
     /// It was not done, and nothing changed.
     Error {
         /// `invalid`, `not_found`, `exists`, `guest_refused`, `io`.
@@ -165,6 +187,9 @@ pub struct Status {
     pub disks: Vec<String>,
     /// Ids of disks whose removal the guest was asked for and has not acknowledged.
     pub disks_leaving: Vec<String>,
+    /// Devices that the guest was asked for and has not let go of.
+    #[serde(default)]
+    pub unplugging: Vec<Unplugging>,
     /// Ids of remote disks whose connection is lost: the guest's requests wait for
     /// [`Request::ReplaceDisk`].
     #[serde(default)]
@@ -176,6 +201,15 @@ pub struct Status {
     pub nets: Vec<String>,
     /// Launch times.
     pub timings: Timings,
+}
+
+/// A device that the guest was asked for and has not let go of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unplugging {
+    /// Its id.
+    pub id: String,
+    /// When the guest was first asked, milliseconds since 1970.
+    pub since_unix_ms: u64,
 }
 
 /// Steps of a launch: CLOCK_MONOTONIC, nanoseconds; 0 where not reached.
@@ -198,6 +232,21 @@ pub struct Timings {
     /// Exits to the VMM up to the mark `MARK_MAIN`, its own among them; so far, before it.
     #[serde(default)]
     pub exits_to_main: u32,
+}
+
+impl Timings {
+    /// The steps that were reached, in their usual order, and when.
+    pub fn steps(&self) -> Vec<(&'static str, u64)> {
+        let all = [
+            ("process", self.process_ns),
+            ("run", self.run_ns),
+            ("first_exit", self.first_exit_ns),
+            ("main", self.main_ns),
+            ("network", self.network_ns),
+            ("console", self.console_ns),
+        ];
+        all.into_iter().filter(|(_, ns)| *ns > 0).collect()
+    }
 }
 
 /// Why and how a guest ended; the VMM's last act.

@@ -1,31 +1,63 @@
 //! The answering side: one thread accepts, one thread serves each connection.
 
-use super::{BalloonStatus, CONTROL_VERSION, Envelope, Reply, Request, RunState, Status};
+use super::{
+    BalloonStatus, CONTROL_VERSION, Envelope, Metrics, Reply, Request, RunState, Status, Unplugging,
+};
 use crate::config::{DiskConfig, NetConfig, RateLimits, Resource, balloon_target_problem};
 use crate::devices::{Device, DeviceKind, blk, net};
+use crate::machine::vcpu::End;
 use crate::pci::PlugError;
 use crate::process::ending::Cause;
 use crate::process::guest::Guest;
 use crate::process::resources::{ResourceError, Supply};
+use crate::process::sandbox;
+use crate::process::seccomp::Role;
+use crate::process::timings::cpu_ns;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Most connections served at once; more are closed at once.
 const CONNECTIONS_MAX: usize = 16;
+/// Longest request, bytes.
+pub const REQUEST_BYTES_MAX: usize = 64 << 10;
 /// How long a removal waits for the guest.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long devices have to finish what they have in flight.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a guest has to say how its memory is.
 const STATISTICS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Stack of its threads.
 pub(crate) const STACK_BYTES: usize = 256 << 10;
 
-/// Serves `listener` on threads of its own.
-pub fn start(listener: UnixListener, guest: Arc<Guest>) -> std::io::Result<()> {
-    std::thread::Builder::new().stack_size(STACK_BYTES).spawn(move || accept(&listener, &guest))?;
-    Ok(())
+/// The control thread, closed to its own system calls and without a guest yet.
+pub struct Control(SyncSender<Arc<Guest>>);
+
+impl Control {
+    /// From here it answers for `guest`.
+    pub fn serve(self, guest: &Arc<Guest>) {
+        // It ends only with the process.
+        let _ = self.0.send(Arc::clone(guest));
+    }
+}
+
+/// Starts the thread that will serve `listener`; its connections have threads of their own.
+pub fn start(listener: UnixListener) -> std::io::Result<Control> {
+    let (sender, receiver) = sync_channel::<Arc<Guest>>(1);
+    let body = move || {
+        let closed = sandbox::narrow(Role::Control);
+        let Ok(guest) = receiver.recv() else { return };
+        match closed {
+            Ok(()) => accept(&listener, &guest),
+            Err(error) => guest.end(Cause::Guest(End::Error(error.to_string()))),
+        }
+    };
+    let name = Role::Control.thread_name().to_string();
+    std::thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(body)?;
+    Ok(Control(sender))
 }
 
 fn accept(listener: &UnixListener, guest: &Arc<Guest>) {
@@ -45,14 +77,26 @@ fn accept(listener: &UnixListener, guest: &Arc<Guest>) {
             serve(&socket, &guest);
             count.fetch_sub(1, Ordering::AcqRel);
         };
-        if std::thread::Builder::new().stack_size(STACK_BYTES).spawn(serve).is_err() {
+        let name = Role::Control.thread_name().to_string();
+        let thread = std::thread::Builder::new().name(name).stack_size(STACK_BYTES);
+        if thread.spawn(serve).is_err() {
             open.fetch_sub(1, Ordering::AcqRel);
         }
     }
 }
 
 fn serve(socket: &UnixStream, guest: &Guest) {
-    while let Ok(Some((message, descriptors))) = abi::control::receive(socket) {
+    loop {
+        let (message, descriptors) = match abi::control::receive_at_most(socket, REQUEST_BYTES_MAX)
+        {
+            Ok(Some(request)) => request,
+            Ok(None) => return,
+            Err(error) => {
+                // Where the next request begins is not known any more.
+                let _ = send(socket, &Answer::error("invalid", format!("request: {error}")));
+                return;
+            }
+        };
         let answer = match serde_json::from_slice::<Envelope>(&message) {
             Err(error) => Answer::error("invalid", format!("request: {error}")),
             Ok(envelope) if envelope.version != CONTROL_VERSION => Answer::error(
@@ -62,6 +106,9 @@ fn serve(socket: &UnixStream, guest: &Guest) {
             Ok(Envelope { request: Request::Kill, .. }) => {
                 let _ = send(socket, &Answer::done());
                 guest.end(Cause::Killed);
+            }
+            Ok(envelope) if !descriptors.is_empty() && !envelope.request.takes_descriptors() => {
+                Answer::error("invalid", "request: no descriptors go with it".into())
             }
             Ok(envelope) => answer(guest, envelope.request, descriptors),
         };
@@ -99,10 +146,10 @@ impl From<PlugError> for Refusal {
     fn from(error: PlugError) -> Refusal {
         let kind = match error {
             PlugError::Exists(_) => "exists",
-            PlugError::NotFound(..) => "not_found",
+            PlugError::NotFound(..) | PlugError::Unknown(_) => "not_found",
             PlugError::Full | PlugError::NotRemote(_) => "invalid",
             PlugError::GuestRefused(..) => "guest_refused",
-            PlugError::Host(..) => "io",
+            PlugError::Host(..) | PlugError::Busy(_) => "io",
         };
         Refusal(kind, error.to_string())
     }
@@ -142,18 +189,53 @@ fn answer(guest: &Guest, request: Request, descriptors: Vec<OwnedFd>) -> Answer 
             }
             Err(refusal) => Err(refusal),
         },
-        Request::Pause if guest.gate.pause() => Ok(()),
-        Request::Pause => {
-            guest.gate.resume();
-            Err(Refusal("io", "a vCPU did not stop; the guest runs on".into()))
-        }
+        Request::ForceRemove { id } => guest.bus.force_remove(&id).map_err(Refusal::from),
+        Request::Pause => pause(guest),
         Request::Resume => {
-            guest.gate.resume();
+            let _one_at_a_time = guest.pausing.lock();
+            resume(guest);
             Ok(())
+        }
+        Request::Metrics => {
+            return Answer { reply: Reply::Metrics(metrics(guest)), descriptors: Vec::new() };
         }
         Request::Kill => Err(Refusal("invalid", "kill is the connection's matter".into())),
     };
     result.map_or_else(|Refusal(kind, message)| Answer::error(kind, message), |()| Answer::done())
+}
+
+/// Stops the vCPUs, which are who starts and resets devices, then the devices.
+fn pause(guest: &Guest) -> Result<(), Refusal> {
+    let _one_at_a_time = guest.pausing.lock();
+    let stopped = if guest.gate.pause() {
+        guest.bus.hold(PAUSE_TIMEOUT).map_err(Refusal::from)
+    } else {
+        Err(Refusal("io", "a vCPU did not stop; the guest runs on".into()))
+    };
+    stopped.inspect_err(|_| resume(guest))
+}
+
+fn resume(guest: &Guest) {
+    guest.bus.go_on();
+    guest.gate.resume();
+}
+
+fn metrics(guest: &Guest) -> Metrics {
+    let state = if guest.gate.is_paused() { RunState::Paused } else { RunState::Running };
+    Metrics {
+        id: guest.id.clone(),
+        state,
+        memory_mib: guest.memory_mib,
+        vcpus: guest.gate.vcpus(),
+        cpu_ns: cpu_ns(),
+        timings: guest.clock.timings(),
+        devices: guest.bus.metrics(),
+    }
+}
+
+fn unplugging((id, since): (String, SystemTime)) -> Unplugging {
+    let since = since.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Unplugging { id, since_unix_ms: since.as_millis() as u64 }
 }
 
 fn status(guest: &Guest) -> Status {
@@ -166,6 +248,7 @@ fn status(guest: &Guest) -> Status {
         disks: plugged.disks,
         disks_leaving: plugged.disks_leaving,
         disks_disconnected: plugged.disks_disconnected,
+        unplugging: plugged.unplugging.into_iter().map(unplugging).collect(),
         writes: guest.writes(),
         nets: plugged.nets,
         timings: guest.clock.timings(),

@@ -7,8 +7,10 @@ pub mod balloon;
 pub mod blk;
 pub mod chain;
 pub mod console;
+pub mod counters;
 pub mod fields;
 pub mod net;
+pub mod orders;
 pub mod rate;
 pub mod rng;
 pub mod serial;
@@ -18,7 +20,9 @@ use crate::machine::memory::Ram;
 use crate::pci::msix::{Msix, NO_VECTOR};
 use abi::packet_ring::Region;
 use chain::Buffers;
+use counters::Counters;
 use fields::Fields;
+use orders::Orders;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -101,7 +105,7 @@ pub enum DeviceError {
 
 /// What a device does between DRIVER_OK and reset.
 pub trait Backend: Send {
-    /// Serves the queues until [`Work::stop`] is written.
+    /// Serves the queues until its [`Orders`] say to end, and rests while they say so.
     fn run(&mut self, work: Work) -> Result<(), DeviceError>;
 }
 
@@ -113,12 +117,14 @@ pub struct Work {
     pub queues: Vec<Queue>,
     /// Written by the kernel when the guest notifies any queue.
     pub doorbell: EventFd,
-    /// Written when the thread shall end.
-    pub stop: EventFd,
+    /// Whether the thread shall serve, rest or end.
+    pub orders: Arc<Orders>,
     /// How to tell the guest.
     pub interrupt: QueueInterrupt,
     /// Features agreed on.
     pub features: u64,
+    /// What the device did.
+    pub counters: Arc<Counters>,
 }
 
 impl Work {
@@ -140,22 +146,33 @@ impl Work {
         Ok(())
     }
 
-    /// Sleeps until the guest rings, `stop` is written, or `more` has something; `false`: stop.
+    /// Sleeps until the guest rings or `more` has something; `false`: stop. Rests here while the
+    /// thread shall, so nothing of it may be in flight.
     pub fn wait(&self, more: Option<BorrowedFd<'_>>) -> Result<bool, DeviceError> {
         let more: Vec<_> = more.into_iter().map(|fd| (fd, PollFlags::IN)).collect();
         Ok(self.wait_any(&more, None)?.is_some())
     }
 
-    /// Sleeps until the guest rings, `stop` is written, one of `more` has what is asked of it, or
-    /// `patience` is over. `None`: stop; otherwise what each of `more` has.
+    /// Sleeps until the guest rings, one of `more` has what is asked of it, or `patience` is over.
+    /// `None`: stop; otherwise what each of `more` has. Rests here as [`Work::wait`] does.
     pub fn wait_any(
         &self,
         more: &[(BorrowedFd<'_>, PollFlags)],
         patience: Option<Duration>,
     ) -> Result<Option<Vec<PollFlags>>, DeviceError> {
-        let (stop, doorbell) = (borrow(&self.stop), borrow(&self.doorbell));
+        let has = self.poll_any(more, patience)?;
+        Ok((!self.orders.obey()).then_some(has))
+    }
+
+    /// As [`Work::wait_any`], and returns for an order without following it.
+    pub fn poll_any(
+        &self,
+        more: &[(BorrowedFd<'_>, PollFlags)],
+        patience: Option<Duration>,
+    ) -> Result<Vec<PollFlags>, DeviceError> {
+        let (orders, doorbell) = (borrow(self.orders.wake()), borrow(&self.doorbell));
         let mut set =
-            vec![PollFd::new(&stop, PollFlags::IN), PollFd::new(&doorbell, PollFlags::IN)];
+            vec![PollFd::new(&orders, PollFlags::IN), PollFd::new(&doorbell, PollFlags::IN)];
         set.extend(more.iter().map(|(fd, wanted)| PollFd::from_borrowed_fd(*fd, *wanted)));
         // Rounded up, so that what is waited for has come then.
         let timeout =
@@ -165,14 +182,13 @@ impl Work {
             });
         match poll(&mut set, timeout.as_ref()) {
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Ok(Some(vec![PollFlags::empty(); more.len()])),
+            Err(rustix::io::Errno::INTR) => return Ok(vec![PollFlags::empty(); more.len()]),
             Err(error) => return Err(std::io::Error::from(error).into()),
         }
         if !set[1].revents().is_empty() {
             let _ = self.doorbell.read();
         }
-        let has = set[2..].iter().map(PollFd::revents).collect();
-        Ok(set[0].revents().is_empty().then_some(has))
+        Ok(set[2..].iter().map(PollFd::revents).collect())
     }
 
     /// Takes every chain of `queue`; `each` says how many bytes it wrote (a chain that is malformed
@@ -199,12 +215,9 @@ impl Work {
         Ok(taken)
     }
 
-    /// Whether the thread shall end.
+    /// Whether the thread shall end. Rests here while it shall, so nothing of it may be in flight.
     pub fn stopping(&self) -> bool {
-        let stop = borrow(&self.stop);
-        let mut set = [PollFd::new(&stop, PollFlags::IN)];
-        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut set, Some(&now)).is_ok_and(|ready| ready > 0)
+        self.orders.obey()
     }
 }
 

@@ -101,6 +101,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
+    /// How many vCPUs there are.
+    pub fn vcpus(&self) -> usize {
+        self.lock().vcpus.len()
+    }
+
     /// Whether the guest is paused.
     pub fn is_paused(&self) -> bool {
         self.lock().paused

@@ -12,11 +12,14 @@ use super::registers::{Change, Registers};
 use crate::config::RateLimits;
 use crate::devices::balloon::link::BalloonLink;
 use crate::devices::blk::link::DiskLink;
+use crate::devices::counters::Counters;
 use crate::devices::fields::Fields;
+use crate::devices::orders::Orders;
 use crate::devices::rate::RateLink;
 use crate::devices::{Backend, Device, DeviceKind, QueueInterrupt, Work};
 use crate::machine::Interrupts;
 use crate::machine::memory::Ram;
+use crate::process::seccomp::{self, Role};
 use abi::boot::DeviceEntry;
 use abi::packet_ring::Region;
 use std::sync::Arc;
@@ -41,6 +44,8 @@ pub struct Function {
     pub link: Option<Arc<DiskLink>>,
     /// The host's end of a balloon.
     pub balloon: Option<Arc<BalloonLink>>,
+    /// What it did.
+    pub counters: Arc<Counters>,
     /// Its rate limits.
     rates: Vec<Arc<RateLink>>,
     config: ConfigSpace,
@@ -67,7 +72,7 @@ enum Activation {
 }
 
 struct Worker {
-    stop: EventFd,
+    orders: Arc<Orders>,
     retired: Arc<AtomicBool>,
     thread: JoinHandle<Option<Box<dyn Backend>>>,
 }
@@ -111,6 +116,7 @@ impl Function {
             ring: device.ring,
             link: device.link,
             balloon: device.balloon,
+            counters: Arc::default(),
             rates: device.rates,
             config,
             registers: Registers::new(device.features, &device.queue_sizes),
@@ -229,7 +235,7 @@ impl Function {
     fn reset(&mut self) {
         self.activation = match std::mem::replace(&mut self.activation, Activation::Broken) {
             Activation::Active(worker) => {
-                let _ = worker.stop.write(1);
+                worker.orders.stop();
                 match worker.thread.join() {
                     Ok(Some(backend)) => Activation::Idle(backend),
                     _ => Activation::Broken,
@@ -299,19 +305,20 @@ impl Function {
     }
 
     fn start_thread(&mut self, queues: Vec<Queue>) -> Option<()> {
-        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).ok()?;
+        let orders = Arc::new(Orders::new().ok()?);
         let vectors = self.registers.queues().iter().map(|queue| queue.vector).collect();
         let work = Work {
             ram: self.ram.clone(),
             queues,
             doorbell: self.doorbell.try_clone().ok()?,
-            stop: stop.try_clone().ok()?,
+            orders: Arc::clone(&orders),
             interrupt: QueueInterrupt {
                 msix: Arc::clone(&self.msix),
                 isr: Arc::clone(&self.isr),
                 vectors,
             },
             features: self.registers.accepted(),
+            counters: Arc::clone(&self.counters),
         };
         let Activation::Idle(mut backend) =
             std::mem::replace(&mut self.activation, Activation::Broken)
@@ -322,16 +329,28 @@ impl Function {
         let (failed, msix, is_retired) =
             (Arc::clone(&self.failed), Arc::clone(&self.msix), Arc::clone(&retired));
         let config_vector = self.registers.config_vector();
+        let role = Role::Device(self.kind);
+        let own = Arc::clone(&orders);
         let body = move || {
-            if backend.run(work).is_err() {
+            if seccomp::narrow(role).is_err() || backend.run(work).is_err() {
                 failed.store(true, Ordering::Release);
                 msix.signal(config_vector);
             }
+            own.end();
             (!is_retired.load(Ordering::Acquire)).then_some(backend)
         };
-        let thread = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(body).ok()?;
-        self.activation = Activation::Active(Worker { stop, retired, thread });
+        let thread = std::thread::Builder::new().name(role.thread_name().into());
+        let thread = thread.stack_size(STACK_BYTES).spawn(body).ok()?;
+        self.activation = Activation::Active(Worker { orders, retired, thread });
         Some(())
+    }
+
+    /// The orders of its thread, where it has one.
+    pub fn orders(&self) -> Option<&Arc<Orders>> {
+        match &self.activation {
+            Activation::Active(worker) => Some(&worker.orders),
+            Activation::Idle(_) | Activation::Broken => None,
+        }
     }
 
     /// Takes the device away: its thread stops by itself and closes what it holds.
@@ -342,7 +361,7 @@ impl Function {
         match self.activation {
             Activation::Active(worker) => {
                 worker.retired.store(true, Ordering::Release);
-                let _ = worker.stop.write(1);
+                worker.orders.stop();
                 Retired(Some(worker.thread))
             }
             Activation::Idle(_) | Activation::Broken => Retired(None),

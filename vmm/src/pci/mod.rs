@@ -11,8 +11,10 @@ pub mod msix;
 pub mod registers;
 
 use crate::config::RateLimits;
+use crate::control::metrics::DeviceMetrics;
 use crate::devices::balloon::link::BalloonLink;
 use crate::devices::blk::link::DiskLink;
+use crate::devices::orders::Orders;
 use crate::devices::{Device, DeviceKind, balloon};
 use crate::machine::Interrupts;
 use crate::machine::ioapic::IoApic;
@@ -24,7 +26,7 @@ use abi::boot::{
 use config_space::ConfigSpace;
 use function::{Function, Retired};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 const MSI_ADDRESS: u64 = 0xFEE0_0000;
 /// The port that takes the address of configuration mechanism 1 (PCI 3.0, section 3.2.2.3.2): Linux
@@ -34,12 +36,18 @@ const PORT_CONFIG_ADDRESS: u16 = 0xCF8;
 const PORT_CONFIG_DATA: u16 = 0xCFC;
 const CONFIG_ENABLE: u32 = 1 << 31;
 
+/// How often it is looked whether a device that was taken away is closed.
+const CLOSING_LOOK: Duration = Duration::from_millis(1);
+
 /// Why a device could not be plugged or taken away.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PlugError {
     /// Another device has this id.
     #[error("device {0:?} exists")]
     Exists(String),
+    /// No device that can be pulled out has this id.
+    #[error("no disk or network device {0:?} is plugged")]
+    Unknown(String),
     /// No device has this id.
     #[error("no {1} {0:?} is plugged")]
     NotFound(String, DeviceKind),
@@ -52,6 +60,9 @@ pub enum PlugError {
     /// The guest did not let go of it.
     #[error("the guest did not let go of {0:?} within {1} s")]
     GuestRefused(String, u64),
+    /// A device's thread did not come to rest.
+    #[error("device {0:?} has requests in flight that did not end in time; the guest runs on")]
+    Busy(String),
     /// The host failed.
     #[error("plug {0:?}: {1}")]
     Host(String, String),
@@ -72,6 +83,8 @@ struct State {
     slots: [Option<Function>; PCI_SLOTS],
     up: u32,
     down: u32,
+    /// When the guest was first asked for the device of a slot, CLOCK_REALTIME.
+    asked_at: [Option<SystemTime>; PCI_SLOTS],
     config_address: u32,
     retired: Vec<(String, DeviceKind, Retired)>,
 }
@@ -87,6 +100,8 @@ pub struct Plugged {
     pub disks_disconnected: Vec<String>,
     /// Network devices.
     pub nets: Vec<String>,
+    /// Devices that the guest was asked for and has not let go of, and since when.
+    pub unplugging: Vec<(String, SystemTime)>,
 }
 
 impl Bus {
@@ -97,6 +112,7 @@ impl Bus {
             slots: [const { None }; PCI_SLOTS],
             up: 0,
             down: 0,
+            asked_at: [None; PCI_SLOTS],
             config_address: 0,
             retired: Vec::new(),
         };
@@ -169,6 +185,7 @@ impl Bus {
         });
         if let Some(slot) = slot {
             state.down |= 1 << slot;
+            state.asked_at[slot].get_or_insert_with(SystemTime::now);
             self.announce();
             let still_there = |state: &mut State| {
                 state.slots[slot].as_ref().is_some_and(|function| function.id == id)
@@ -194,6 +211,82 @@ impl Bus {
         }
     }
 
+    /// Takes a disk or network device away whether the guest lets go of it or not: it is as if the
+    /// device had been pulled out. Returns when its host side is closed.
+    pub fn force_remove(&self, id: &str) -> Result<(), PlugError> {
+        let mut state = self.lock();
+        let plugged = |function: &Function| {
+            function.id == id && matches!(function.kind, DeviceKind::Disk | DeviceKind::Net)
+        };
+        let slot = (1..PCI_SLOTS).find(|slot| state.slots[*slot].as_ref().is_some_and(plugged));
+        let Some(slot) = slot else {
+            let removing = state.retired.iter().position(|(old, _, _)| old == id);
+            let Some(index) = removing else { return Err(PlugError::Unknown(id.into())) };
+            let (_, _, retired) = state.retired.swap_remove(index);
+            drop(state);
+            retired.wait();
+            return Ok(());
+        };
+        let retired = state.take_out(slot);
+        drop(state);
+        self.ejected.notify_all();
+        if let Some((_, _, retired)) = retired {
+            retired.wait();
+        }
+        Ok(())
+    }
+
+    /// Brings every device's thread to rest: with the vCPUs stopped, nothing of the guest's memory
+    /// or of its disks changes from here.
+    ///
+    /// # Errors
+    /// [`PlugError::Busy`] after `patience`; every device serves on.
+    pub fn hold(&self, patience: Duration) -> Result<(), PlugError> {
+        let deadline = Instant::now() + patience;
+        let devices = self.orders();
+        devices.iter().for_each(|(_, orders)| orders.hold());
+        let busy = devices.iter().find(|(_, orders)| !orders.wait_until_held(deadline));
+        let busy = match busy {
+            Some((id, _)) => Some(id.clone()),
+            None => self.still_closing(deadline),
+        };
+        match busy {
+            None => Ok(()),
+            Some(id) => {
+                devices.iter().for_each(|(_, orders)| orders.go_on());
+                Err(PlugError::Busy(id))
+            }
+        }
+    }
+
+    /// Orders of every device's thread.
+    fn orders(&self) -> Vec<(String, Arc<Orders>)> {
+        let state = self.lock();
+        let plugged = state.slots.iter().flatten();
+        plugged
+            .filter_map(|function| Some((function.id.clone(), Arc::clone(function.orders()?))))
+            .collect()
+    }
+
+    /// Waits for devices that were taken away; one whose thread has not ended by `deadline`.
+    fn still_closing(&self, deadline: Instant) -> Option<String> {
+        loop {
+            let mut state = self.lock();
+            state.retired.retain(|(_, _, retired)| !retired.is_closed());
+            let (id, _, _) = state.retired.first()?;
+            if Instant::now() >= deadline {
+                return Some(id.clone());
+            }
+            drop(state);
+            std::thread::sleep(CLOSING_LOOK);
+        }
+    }
+
+    /// Lets every device's thread serve again.
+    pub fn go_on(&self) {
+        self.orders().iter().for_each(|(_, orders)| orders.go_on());
+    }
+
     /// What is plugged.
     pub fn plugged(&self) -> Plugged {
         let mut state = self.lock();
@@ -201,6 +294,9 @@ impl Bus {
         let mut plugged = Plugged::default();
         for (slot, function) in state.slots.iter().enumerate() {
             let Some(function) = function else { continue };
+            if let Some(since) = state.asked_at[slot] {
+                plugged.unplugging.push((function.id.clone(), since));
+            }
             match function.kind {
                 DeviceKind::Rng | DeviceKind::Balloon | DeviceKind::Vsock => {}
                 DeviceKind::Net => plugged.nets.push(function.id.clone()),
@@ -218,6 +314,27 @@ impl Bus {
         let closing = state.retired.iter().filter(|(_, kind, _)| *kind == DeviceKind::Disk);
         plugged.disks_leaving.extend(closing.map(|(id, _, _)| id.clone()));
         plugged
+    }
+
+    /// What its disks and network devices did.
+    pub fn metrics(&self) -> Vec<DeviceMetrics> {
+        let state = self.lock();
+        let plugged = state.slots.iter().enumerate();
+        let measured = plugged.filter_map(|(slot, function)| {
+            let function = function.as_ref()?;
+            let kind = match function.kind {
+                DeviceKind::Disk => "disk",
+                DeviceKind::Net => "net",
+                DeviceKind::Rng | DeviceKind::Balloon | DeviceKind::Vsock => return None,
+            };
+            Some(DeviceMetrics {
+                id: function.id.clone(),
+                kind: kind.into(),
+                counts: function.counters.counts(),
+                unplugging: state.down & 1 << slot != 0,
+            })
+        });
+        measured.collect()
     }
 
     /// The connection of a remote disk.
@@ -409,13 +526,19 @@ impl State {
             if bits & self.down & 1 << slot == 0 {
                 continue;
             }
-            self.down &= !(1 << slot);
-            self.up &= !(1 << slot);
-            if let Some(function) = self.slots[slot].take() {
-                let (id, kind) = (function.id.clone(), function.kind);
-                self.retired.push((id, kind, function.retire()));
-            }
+            let taken = self.take_out(slot);
+            self.retired.extend(taken);
         }
+    }
+
+    /// Empties a slot; the device's thread ends by itself.
+    fn take_out(&mut self, slot: usize) -> Option<(String, DeviceKind, Retired)> {
+        self.down &= !(1 << slot);
+        self.up &= !(1 << slot);
+        self.asked_at[slot] = None;
+        let function = self.slots[slot].take()?;
+        let (id, kind) = (function.id.clone(), function.kind);
+        Some((id, kind, function.retire()))
     }
 }
 

@@ -22,17 +22,28 @@ pub enum Cause {
     Killed,
 }
 
+/// What is said on standard error at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speak {
+    /// Nothing: someone reads the record.
+    Nothing,
+    /// How it ended, where that was not the guest's own wish.
+    Failures,
+    /// That, and how long the start took.
+    BootTimer,
+}
+
 /// What is needed to end.
 pub struct Ending {
     record: Option<File>,
     nonce: String,
-    speak: bool,
+    speak: Speak,
     once: Mutex<()>,
 }
 
 impl Ending {
-    /// `record` receives the exit record; `speak`: a line on standard error for a crash.
-    pub fn new(record: Option<File>, nonce: String, speak: bool) -> Ending {
+    /// `record` receives the exit record.
+    pub fn new(record: Option<File>, nonce: String, speak: Speak) -> Ending {
         Ending { record, nonce, speak, once: Mutex::new(()) }
     }
 
@@ -44,11 +55,23 @@ impl Ending {
             let json = serde_json::to_vec(&record).unwrap_or_default();
             let _ = file.write_all_at(&json, 0);
         }
-        if self.speak && record.reason != "power_off" {
+        if self.speak == Speak::BootTimer {
+            eprintln!("trine-vmm: boot timer: {}", boot_timer(&timings));
+        }
+        if self.speak != Speak::Nothing && record.reason != "power_off" {
             eprintln!("trine-vmm: guest ended: {}: {}", record.reason, record.message);
         }
         exit(record.code.unwrap_or(EXIT_CODE_FAILED))
     }
+}
+
+/// The steps of the launch, each with its milliseconds since the request.
+fn boot_timer(timings: &Timings) -> String {
+    let since = |ns: u64| ns.saturating_sub(timings.spawn_ns) as f64 / 1e6;
+    let steps = timings.steps();
+    let steps: Vec<_> =
+        steps.iter().map(|(step, ns)| format!("{step} {:.3} ms", since(*ns))).collect();
+    steps.join(", ")
 }
 
 fn record(cause: Cause, nonce: String, timings: Timings) -> ExitRecord {

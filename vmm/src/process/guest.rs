@@ -1,12 +1,13 @@
 //! One guest in this process, from its configuration to its end. Start reading here.
 //!
-//! The steps, in order: machine (memory, interrupt chip, vCPUs) → devices → sandbox → image →
-//! boot parameters → control socket → report → run. Nothing that a tenant wrote is read before
+//! The steps, in order: machine (memory, interrupt chip, vCPUs) → devices → sandbox → control
+//! thread → system call filter → image → boot parameters → report → run. Nothing that a tenant wrote is read before
 //! the sandbox is closed. The calling thread becomes vCPU 0.
 
-use super::ending::{Cause, Ending};
+use super::ending::{Cause, Ending, Speak};
 use super::resources::Resources;
-use super::sandbox::{Sandbox, SandboxError};
+use super::sandbox::{self, Sandbox, SandboxError};
+use super::seccomp::Role;
 use super::timings::Clock;
 use crate::config::VmConfig;
 use crate::control::{self, SpawnReply, Writes};
@@ -23,7 +24,7 @@ use abi::lease::LeaseView;
 use kvm_ioctls::VcpuFd;
 use std::convert::Infallible;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 /// Why a guest could not start.
 #[derive(Debug, thiserror::Error)]
@@ -58,7 +59,10 @@ pub enum Report {
         pidfd: Option<OwnedFd>,
     },
     /// To nobody; a crash is said on standard error.
-    Standalone,
+    Standalone {
+        /// How long the start took is said there at the end.
+        boot_timer: bool,
+    },
     /// It was reported: what the report needed is closed.
     Made,
 }
@@ -75,6 +79,8 @@ pub struct Guest {
     pub bus: Bus,
     /// Holds its vCPUs while paused.
     pub gate: Gate,
+    /// Held by whoever pauses or resumes it.
+    pub pausing: Mutex<()>,
     /// When what happened.
     pub clock: Clock,
     /// The host's lease on changing disks, where there is one.
@@ -107,6 +113,11 @@ pub fn run(
     vcpu::set_long_mode(&machine.vcpus[0])?;
     let record = resources.exit_record.as_ref().map(AsRawFd::as_raw_fd);
     sandbox.close(&config.sandbox, record, &config.nonce)?;
+    let gate = Gate::new(machine.vcpus.len());
+    // It closes itself to its own calls before it takes a connection, and waits for the guest.
+    let control =
+        resources.control.map(control::server::start).transpose().map_err(StartError::Thread)?;
+    sandbox::narrow(Role::Vcpu)?;
 
     let source = Source {
         kernel: &resources.kernel,
@@ -122,13 +133,18 @@ pub fn run(
     if let Board::Pc { ioapic, .. } = &board {
         bus.announce_on(Arc::clone(ioapic), HOTPLUG_PIN);
     }
-    let speak = matches!(report, Report::Standalone);
+    let speak = match report {
+        Report::Standalone { boot_timer: true } => Speak::BootTimer,
+        Report::Standalone { boot_timer: false } => Speak::Failures,
+        Report::Reply { .. } | Report::Made => Speak::Nothing,
+    };
     let guest = Arc::new(Guest {
         id: config.id.clone(),
         nonce: config.nonce.clone(),
         memory_mib: config.memory_mib,
         bus,
-        gate: Gate::new(machine.vcpus.len()),
+        gate,
+        pausing: Mutex::new(()),
         clock,
         lease: resources.lease,
         ram: machine.ram.clone(),
@@ -136,8 +152,8 @@ pub fn run(
         ending: Ending::new(resources.exit_record, config.nonce.clone(), speak),
     });
     guest.record_panics();
-    if let Some(listener) = resources.control {
-        control::server::start(listener, Arc::clone(&guest)).map_err(StartError::Thread)?;
+    if let Some(control) = control {
+        control.serve(&guest);
     }
     let mut first = machine.vcpus.remove(0);
     for (vcpu, id) in machine.vcpus.into_iter().zip(1..) {

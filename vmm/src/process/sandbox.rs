@@ -8,7 +8,7 @@
 //! - as an ordinary user: a user namespace (with the others) where the host allows it, Landlock,
 //!   seccomp.
 
-use super::seccomp;
+use super::seccomp::{self, Role};
 use crate::config;
 use std::ffi::CStr;
 use std::io;
@@ -43,7 +43,7 @@ pub enum SandboxError {
 
 /// What was prepared once.
 pub struct Sandbox {
-    filter: seccomp::Program,
+    filters: seccomp::Filters,
     ruleset: Option<OwnedFd>,
     root: bool,
     namespaces: Result<(), String>,
@@ -53,13 +53,13 @@ pub struct Sandbox {
 impl Sandbox {
     /// Prepares and moves this process into empty namespaces where the host allows it.
     pub fn prepare() -> Result<Sandbox, SandboxError> {
-        let filter = seccomp::compile();
+        let filters = seccomp::Filters::compile();
         seccomp::prepare();
         let ruleset = landlock_ruleset();
         let root = rustix::process::geteuid().is_root();
         let host_root = open_root().ok();
         let namespaces = enter_namespaces(root).map_err(|(step, error)| format!("{step}: {error}"));
-        Ok(Sandbox { filter, ruleset, root, namespaces, host_root })
+        Ok(Sandbox { filters, ruleset, root, namespaces, host_root })
     }
 
     /// The tier in words.
@@ -99,7 +99,9 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Closes the process for good. `record` gets the exit record of a violation.
+    /// Gives up identity, capabilities and every path for good, for this thread (the only one) and
+    /// those it starts. System calls are closed by each thread itself: [`seccomp::narrow`], the
+    /// first thing it does from here. `record` gets the exit record of a violation.
     pub fn close(
         self,
         sandbox: &config::Sandbox,
@@ -122,8 +124,14 @@ impl Sandbox {
                 unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0) };
             check(result).map_err(step("Landlock"))?;
         }
-        seccomp::apply(&self.filter, record, nonce).map_err(step("seccomp"))
+        seccomp::arm(self.filters, record, nonce);
+        Ok(())
     }
+}
+
+/// Closes the calling thread to all but its role's system calls.
+pub fn narrow(role: Role) -> Result<(), SandboxError> {
+    seccomp::narrow(role).map_err(step("seccomp"))
 }
 
 fn step(step: &'static str) -> impl FnOnce(io::Error) -> SandboxError {

@@ -12,7 +12,8 @@ use crate::config::{Resource, VmConfig};
 use crate::devices::console::Sink;
 use crate::machine::Host;
 use std::convert::Infallible;
-use std::path::Path;
+use std::io::{PipeWriter, Read, Write};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 
 /// Exit code where the configuration or the host does not allow to start.
@@ -22,17 +23,18 @@ pub const EXIT_CODE_REFUSED: u8 = 2;
 static CHILD: AtomicI32 = AtomicI32::new(0);
 
 /// Runs the guest that `path` describes and returns its exit code; or what is wrong, one line each.
-pub fn run(path: &Path) -> Result<u8, Vec<String>> {
+/// `boot_timer`: at the end it is said how long the start took.
+pub fn run(path: &Path, boot_timer: bool) -> Result<u8, Vec<String>> {
     let clock = Clock::default();
     clock.spawn.reach();
     let config = VmConfig::read(path)?;
     let one = |error: String| vec![error];
     let host = Host::open().map_err(|error| one(error.to_string()))?;
+    let made = files_to_be_made(&config);
     let resources = Resources::open(&config, &mut Supply::Paths, Sink::Stdout);
     let outcome = match resources {
-        Ok(resources) => {
-            wait_for_child(host, &config, resources, clock).map_err(|error| one(error.to_string()))
-        }
+        Ok(resources) => wait_for_child(host, &config, resources, (clock, boot_timer))
+            .map_err(|error| one(error.to_string())),
         Err(error) => Err(one(error.to_string())),
     };
     // The paths did not exist before (the configuration was checked), so they are ours.
@@ -42,31 +44,54 @@ pub fn run(path: &Path) -> Result<u8, Vec<String>> {
             let _ = std::fs::remove_file(path);
         }
     }
-    // A guest that never ran has no record; an empty file would look like one that lost it.
-    if let Some(Resource::Path(path)) = &config.exit_record
-        && path.metadata().is_ok_and(|file| file.len() == 0)
-    {
-        let _ = std::fs::remove_file(path);
+    // A guest that never ran leaves nothing; an empty record would look like one that was lost.
+    if !matches!(outcome, Ok(Ended::Guest(_))) {
+        for path in made {
+            let _ = std::fs::remove_file(path);
+        }
     }
-    outcome
+    outcome.map(|ended| match ended {
+        Ended::Guest(code) => code,
+        Ended::Refused => EXIT_CODE_REFUSED,
+    })
+}
+
+/// The files that a start makes, where they are not there yet.
+fn files_to_be_made(config: &VmConfig) -> Vec<PathBuf> {
+    let console = config.console.iter().map(|console| &console.file);
+    let files = console.chain(&config.exit_record);
+    let paths = files.filter_map(|file| match file {
+        Resource::Path(path) => Some(path.clone()),
+        Resource::Descriptor(_) => None,
+    });
+    paths.filter(|path| path.symlink_metadata().is_err()).collect()
+}
+
+/// How the guest's process ended.
+enum Ended {
+    /// With the guest's exit code.
+    Guest(u8),
+    /// Before the guest ran; it has said why.
+    Refused,
 }
 
 fn wait_for_child(
     host: Host,
     config: &VmConfig,
     mut resources: Resources,
-    clock: Clock,
-) -> std::io::Result<u8> {
+    (clock, boot_timer): (Clock, bool),
+) -> std::io::Result<Ended> {
     let outside = resources.outside.take();
+    let (mut is_refused, refused) = std::io::pipe()?;
     // SAFETY: this process has one thread, so the child may go on as if it were the parent.
     match unsafe { libc::fork() } {
         ..0 => Err(std::io::Error::last_os_error()),
         0 => {
-            drop(outside);
-            become_guest(host, config, resources, clock)
+            drop((outside, is_refused));
+            become_guest(Start { host, config, resources, clock, boot_timer }, refused)
         }
         child => {
-            drop((host, resources));
+            drop((host, resources, refused));
             CHILD.store(child, Ordering::SeqCst);
             for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
                 // SAFETY: the handler only sends a signal.
@@ -76,7 +101,10 @@ fn wait_for_child(
                 // Without it the guest's connections are refused, and that is all.
                 let _ = std::thread::Builder::new().spawn(move || outside.serve());
             }
-            Ok(wait(child))
+            let code = wait(child);
+            // It is closed without a word where the guest ran.
+            let never_ran = is_refused.read(&mut [0]).is_ok_and(|read| read > 0);
+            Ok(if never_ran { Ended::Refused } else { Ended::Guest(code) })
         }
     }
 }
@@ -97,22 +125,30 @@ fn wait(child: libc::pid_t) -> u8 {
     if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) as u8 } else { EXIT_CODE_FAILED }
 }
 
-fn become_guest(host: Host, config: &VmConfig, resources: Resources, clock: Clock) -> ! {
-    clock.process.reach();
+/// What the guest's process begins with.
+struct Start<'a> {
+    host: Host,
+    config: &'a VmConfig,
+    resources: Resources,
+    clock: Clock,
+    boot_timer: bool,
+}
+
+fn become_guest(start: Start<'_>, mut refused: PipeWriter) -> ! {
+    start.clock.process.reach();
     // SAFETY: plain call on integers; the guest shall not outlive who started it.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    let Err(error) = start(host, config, resources, clock);
+    let Err(error) = start.run();
     eprintln!("trine-vmm: {error}");
+    let _ = refused.write(&[1]);
     ending::exit(EXIT_CODE_REFUSED)
 }
 
-fn start(
-    host: Host,
-    config: &VmConfig,
-    resources: Resources,
-    clock: Clock,
-) -> Result<Infallible, StartError> {
-    let sandbox = Sandbox::prepare()?;
-    sandbox.enter_cgroups(&config.sandbox)?;
-    guest::run(host, config, resources, clock, sandbox, &mut Report::Standalone)
+impl Start<'_> {
+    fn run(self) -> Result<Infallible, StartError> {
+        let sandbox = Sandbox::prepare()?;
+        sandbox.enter_cgroups(&self.config.sandbox)?;
+        let mut report = Report::Standalone { boot_timer: self.boot_timer };
+        guest::run(self.host, self.config, self.resources, self.clock, sandbox, &mut report)
+    }
 }

@@ -24,6 +24,7 @@ pub mod request;
 pub mod ring;
 
 use super::chain::{Buffers, copy_in, total};
+use super::counters::Counters;
 use super::rate::{Limiter, RateLink};
 use super::{Backend, Device, DeviceError, DeviceKind, Work, borrow};
 use crate::config::{DiskConfig, DiskEngine, DiskSource};
@@ -71,6 +72,8 @@ const FULL_DISK_RETRY: Duration = Duration::from_secs(1);
 /// How long requests in flight may go on when the device shall stop, so that a driver's reset does
 /// not break the connection.
 const STOP_GRACE: Duration = Duration::from_secs(2);
+/// How often a disk that comes to rest looks whether it still shall.
+const QUIESCE_LOOK: Duration = Duration::from_millis(20);
 /// Length of a serial number.
 pub const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
@@ -107,7 +110,6 @@ pub struct Disk {
     /// When the disk was found full: not before then is it tried again.
     full_until: Option<Instant>,
     link: Option<Arc<DiskLink>>,
-    bad_requests: u64,
 }
 
 /// Opens a disk before the sandbox closes; its changes need `lease` where there is one.
@@ -196,7 +198,6 @@ fn make(
         held: VecDeque::new(),
         full_until: None,
         link: link.clone(),
-        bad_requests: 0,
     };
     Ok(Device {
         id: config.id.clone(),
@@ -281,7 +282,7 @@ impl Disk {
                 let request = Buffers::collect(chain, &ram).and_then(Request::parse);
                 self.begin(queue, head, request, work)?;
                 taken += 1;
-                if work.stopping() {
+                if work.orders.is_pending() {
                     return Ok(true);
                 }
             }
@@ -314,7 +315,7 @@ impl Disk {
     ) -> Result<(), DeviceError> {
         self.limiter.take(request.as_ref().map_or(0, Request::data_bytes));
         let Some(request) = request else {
-            self.bad_requests += 1;
+            work.counters.failures.add(1);
             return finish(work, queue, head, 0);
         };
         let act = self.decide(&request, work);
@@ -452,6 +453,7 @@ impl Disk {
             (Act::Read(_), Ok(())) => (VIRTIO_BLK_S_OK as u8, total(&job.request.to_guest) as u32),
             (_, Ok(())) => (VIRTIO_BLK_S_OK as u8, 0),
         };
+        count(job, status == VIRTIO_BLK_S_OK as u8, &work.counters);
         let _ = work.ram.write_obj(status, GuestAddress(job.request.status));
         finish(work, job.queue, job.head, written + 1)
     }
@@ -466,7 +468,7 @@ impl Disk {
             // What finds the disk full goes to the end, and the rest waits for the next time.
             let Some(job) = self.held.pop_front() else { break };
             self.proceed(job, work)?;
-            if self.full_until.is_some() || work.stopping() {
+            if self.full_until.is_some() || work.orders.is_pending() {
                 break;
             }
         }
@@ -489,17 +491,7 @@ impl Disk {
         if client.socket().is_none() {
             link.lose();
         }
-        for (job, answer) in answered {
-            match answer {
-                Answer::Done => self.answer(&job, Ok(()), work)?,
-                Answer::Failed => self.answer(&job, Err(io::ErrorKind::Other.into()), work)?,
-                Answer::NoSpace if job.act.changes() => self.hold_for_room(job),
-                Answer::NoSpace => {
-                    self.answer(&job, Err(io::ErrorKind::StorageFull.into()), work)?
-                }
-            }
-        }
-        Ok(())
+        self.answer_all(answered, work)
     }
 
     /// How long to sleep at most.
@@ -515,8 +507,8 @@ impl Disk {
         [lease, full, untaken, self.limiter.wait()].into_iter().flatten().min()
     }
 
-    /// Sleeps until there is something to do; `false`: stop.
-    fn sleep(&self, work: &Work) -> Result<bool, DeviceError> {
+    /// Sleeps until there is something to do.
+    fn sleep(&self, work: &Work) -> Result<(), DeviceError> {
         let mut more = Vec::with_capacity(2);
         if let Some(link) = &self.link {
             more.push((borrow(link.wake()), PollFlags::IN));
@@ -532,7 +524,69 @@ impl Disk {
             }
             Source::Raw(_, None) => {}
         }
-        Ok(work.wait_any(&more, self.patience())?.is_some())
+        work.poll_any(&more, self.patience())?;
+        Ok(())
+    }
+
+    /// Waits for what is in flight, without beginning more, while the device shall come to rest.
+    fn quiesce(&mut self, work: &mut Work) -> Result<(), DeviceError> {
+        while work.orders.is_to_hold() {
+            let at_rest = match &mut self.source {
+                Source::Raw(_, None) => true,
+                Source::Raw(_, Some(ring)) if ring.is_empty() => true,
+                Source::Raw(_, Some(ring)) => {
+                    ring.enter(1)?;
+                    // What was moved in part stays pending.
+                    self.reap_ring(work)?;
+                    false
+                }
+                Source::Nbd(_) => self.quiesce_connection(work)?,
+            };
+            if at_rest {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a connection has not asked for waits, and so does all of it where the connection is
+    /// lost. `true`: nothing is in flight.
+    fn quiesce_connection(&mut self, work: &mut Work) -> Result<bool, DeviceError> {
+        let Source::Nbd(client) = &mut self.source else { return Ok(true) };
+        let mut answered = Vec::new();
+        if client.finish_sent(work, &mut answered).is_err() {
+            client.lose();
+            self.link.iter().for_each(|link| link.lose());
+        }
+        let wanted = client.socket().filter(|_| client.in_flight() > 0).map(|socket| {
+            let send = if client.wants_to_send() { PollFlags::OUT } else { PollFlags::empty() };
+            PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::IN | send)
+        });
+        let at_rest = wanted.is_none();
+        if let Some(wanted) = wanted {
+            let look = Timespec { tv_sec: 0, tv_nsec: QUIESCE_LOOK.subsec_nanos().into() };
+            let _ = poll(&mut [wanted], Some(&look));
+        }
+        self.answer_all(answered, work)?;
+        Ok(at_rest)
+    }
+
+    fn answer_all(
+        &mut self,
+        answered: Vec<(Job, Answer)>,
+        work: &mut Work,
+    ) -> Result<(), DeviceError> {
+        for (job, answer) in answered {
+            match answer {
+                Answer::Done => self.answer(&job, Ok(()), work)?,
+                Answer::Failed => self.answer(&job, Err(io::ErrorKind::Other.into()), work)?,
+                Answer::NoSpace if job.act.changes() => self.hold_for_room(job),
+                Answer::NoSpace => {
+                    self.answer(&job, Err(io::ErrorKind::StorageFull.into()), work)?
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The device stops: what was held back is never answered, and what a connection has in flight
@@ -583,6 +637,23 @@ impl Disk {
     }
 }
 
+fn count(job: &Job, is_done: bool, counters: &Counters) {
+    let bytes = total(job.data()) as u64;
+    match job.act {
+        _ if !is_done => counters.failures.add(1),
+        Act::Read(_) => {
+            counters.reads.add(1);
+            counters.read_bytes.add(bytes);
+        }
+        Act::Write(_) | Act::Discard { .. } | Act::Zero { .. } => {
+            counters.writes.add(1);
+            counters.written_bytes.add(bytes);
+        }
+        Act::Flush => counters.flushes.add(1),
+        Act::GetId | Act::Refuse(_) => {}
+    }
+}
+
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
@@ -596,16 +667,16 @@ fn finish(work: &mut Work, queue: usize, head: u16, written: u32) -> Result<(), 
 impl Disk {
     fn serve_until_stopped(&mut self, work: &mut Work) -> Result<(), DeviceError> {
         loop {
+            self.quiesce(work)?;
+            if work.orders.obey() {
+                return Ok(());
+            }
             self.retry(work)?;
             let all_taken = self.serve(work)?;
             self.turn_ring(work)?;
             self.exchange(work)?;
-            let room = self.under_way() < UNDER_WAY_MAX;
-            if !all_taken && room && !work.stopping() {
-                continue;
-            }
-            if !self.sleep(work)? {
-                return Ok(());
+            if all_taken || self.under_way() >= UNDER_WAY_MAX {
+                self.sleep(work)?;
             }
         }
     }

@@ -227,6 +227,23 @@ impl NbdClient {
         Ok(())
     }
 
+    /// As [`NbdClient::exchange`], but nothing is sent of which the server has not a part already.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn finish_sent(
+        &mut self,
+        work: &Work,
+        answered: &mut Vec<(Job, Answer)>,
+    ) -> io::Result<()> {
+        if self.socket.is_none() {
+            return Ok(());
+        }
+        while self.receive(work, answered)? {}
+        while self.sending.is_some() && self.send(work, false, answered)? {}
+        Ok(())
+    }
+
     /// Sends on; `false`: nothing is left, or the socket is full.
     fn send(
         &mut self,

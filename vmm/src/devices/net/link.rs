@@ -111,7 +111,8 @@ impl Link {
     }
 }
 
-fn open_tap(name: &Path) -> io::Result<File> {
+/// Opens a TAP interface by name.
+pub fn open_tap(name: &Path) -> io::Result<File> {
     const TUNSETIFF: libc::c_ulong = 0x4004_54CA;
     let bytes = name.as_os_str().as_encoded_bytes();
     // SAFETY: a zeroed ifreq is valid.

@@ -43,7 +43,6 @@ pub struct Nic {
     sent: Box<[u8; HEADER_BYTES + FRAME_BYTES_MAX]>,
     from_guest: Lane,
     to_guest: Lane,
-    dropped: u64,
 }
 
 /// One direction's rate limits.
@@ -123,7 +122,6 @@ impl Nic {
             sent: buffer(),
             from_guest: Lane::new(from_guest),
             to_guest: Lane::new(to_guest),
-            dropped: 0,
         }
     }
 
@@ -145,8 +143,11 @@ impl Nic {
             self.from_guest.limiter.take(len.saturating_sub(HEADER_BYTES) as u64);
             let fits =
                 (HEADER_BYTES + FRAME_BYTES_MIN..=HEADER_BYTES + FRAME_BYTES_MAX).contains(&len);
-            if !(fits && self.link.send(&self.sent[HEADER_BYTES..len])?) {
-                self.dropped += 1;
+            if fits && self.link.send(&self.sent[HEADER_BYTES..len])? {
+                work.counters.writes.add(1);
+                work.counters.written_bytes.add((len - HEADER_BYTES) as u64);
+            } else {
+                work.counters.failures.add(1);
             }
             work.queues[TRANSMIT].add_used(&ram, head, 0)?;
             moved += 1;
@@ -176,7 +177,12 @@ impl Nic {
             let written = Buffers::collect(chain, &ram)
                 .filter(|buffers| total(&buffers.writable) >= whole)
                 .map_or(0, |buffers| copy_in(&ram, &buffers.writable, &self.received[..whole]));
-            self.dropped += u64::from(written != whole);
+            if written == whole {
+                work.counters.reads.add(1);
+                work.counters.read_bytes.add(len as u64);
+            } else {
+                work.counters.failures.add(1);
+            }
             self.waiting = None;
             work.queues[RECEIVE].add_used(&ram, head, written as u32)?;
             moved += 1;
