@@ -13,8 +13,9 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
-use vmm::config::{DiskConfig, NetConfig};
-use vmm::devices::{Device, DeviceKind, blk, net};
+use vmm::config::{BalloonConfig, DiskConfig, NetConfig, Resource, RngConfig, VsockConfig};
+use vmm::devices::vsock::packet::HEADER_BYTES;
+use vmm::devices::{Device, DeviceKind, balloon, blk, net, rng, vsock};
 use vmm::pci::PlugError;
 use vmm::process::resources::Supply;
 
@@ -25,8 +26,8 @@ const WAITS: u8 = 0xEE;
 /// How long nothing may happen: a device that is not held answers in microseconds.
 const QUIET: Duration = Duration::from_millis(100);
 
-fn disk(source: serde_json::Value, descriptor: OwnedFd) -> Device {
-    let config = serde_json::json!({"id": "disk", "source": source});
+fn disk(source: serde_json::Value, engine: &str, descriptor: OwnedFd) -> Device {
+    let config = serde_json::json!({"id": "disk", "source": source, "engine": engine});
     let config: DiskConfig = serde_json::from_value(config).unwrap();
     blk::open(&config, &mut Supply::descriptors(vec![descriptor]), None).unwrap()
 }
@@ -35,7 +36,7 @@ fn remote_disk() -> (Device, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     theirs.set_read_timeout(Some(DEADLINE)).unwrap();
     let source = serde_json::json!({"nbd": {"socket": {"descriptor": 0}, "size_bytes": 1 << 20}});
-    (disk(source, ours.into()), theirs)
+    (disk(source, "auto", ours.into()), theirs)
 }
 
 /// Asks for a write of one sector full of `byte`, as request `number`.
@@ -63,10 +64,17 @@ fn stays(what: &str, holds: impl Fn() -> bool) {
 
 #[test]
 fn a_held_disk_changes_nothing_and_does_afterwards_what_it_was_asked() {
+    // By a ring where the host has it, and by a thread.
+    for engine in ["auto", "thread"] {
+        a_held_disk_changes_nothing(engine);
+    }
+}
+
+fn a_held_disk_changes_nothing(engine: &str) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
     let raw = serde_json::json!({"raw": {"descriptor": 0}});
-    let Some(rig) = rig(vec![disk(raw, file.try_clone().unwrap().into())]) else { return };
+    let Some(rig) = rig(vec![disk(raw, engine, file.try_clone().unwrap().into())]) else { return };
     let mut driver = Driver::start(&rig, 1, 1, 0);
     let sector = |number: u64| {
         let mut bytes = [0; 512];
@@ -194,6 +202,52 @@ fn a_held_device_is_reset_or_pulled_out_without_serving_again() {
     (&server).read_to_end(&mut rest).unwrap();
     assert_eq!(rest, Vec::<u8>::new(), "the connection is closed, and nothing was sent");
     rig.bus.go_on();
+}
+
+#[test]
+fn random_numbers_and_pages_wait_while_their_devices_are_held() {
+    let balloon_config: BalloonConfig = serde_json::from_str("{}").unwrap();
+    let devices = vec![
+        rng::open(&RngConfig { bytes_per_second: 1 << 20 }),
+        balloon::open(&balloon_config).unwrap(),
+    ];
+    let Some(rig) = rig(devices) else { return };
+    let mut numbers = Driver::start(&rig, 1, 1, 0);
+    let mut pages = Driver::start(&rig, 2, 2, 0);
+    let (page, list) = (DATA + 0x10_0000, DATA + 0x20_0000);
+    rig.bus.hold(DEADLINE).unwrap();
+    numbers.offer(0, &[(DATA, 512, true)]);
+    pages.write(page, &[7; 4096]);
+    pages.write(list, &((page >> 12) as u32).to_le_bytes());
+    pages.offer(0, &[(list, 4, false)]);
+    stays("nothing is given or taken", || {
+        numbers.read(DATA, 512) == [0; 512] && pages.read(page, 4096) == [7; 4096]
+    });
+    assert_eq!((numbers.used(0), pages.used(0)), (None, None));
+    rig.bus.go_on();
+    assert_eq!(numbers.finish(0).1, 512);
+    pages.finish(0);
+    assert_ne!(numbers.read(DATA, 512), [0; 512]);
+    assert_eq!(pages.read(page, 4096), [0; 4096], "the host has the page");
+}
+
+#[test]
+fn a_connection_of_the_hosts_waits_while_vsock_is_held() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vsock");
+    let config = VsockConfig { cid: 7, socket: Resource::Path(path.clone()), connector: None };
+    let (device, _outside) = vsock::open(&config, &mut Supply::Paths).unwrap();
+    let Some(rig) = rig(vec![device]) else { return };
+    let mut driver = Driver::start(&rig, 1, 3, 0);
+    driver.offer(0, &[(DATA, 4096, true)]);
+    rig.bus.hold(DEADLINE).unwrap();
+    let mut asking = UnixStream::connect(&path).unwrap();
+    asking.write_all(b"CONNECT 9\n").unwrap();
+    stays("the guest is told nothing", || driver.read(DATA, 44) == [0; 44]);
+    assert_eq!(driver.used(0), None);
+    rig.bus.go_on();
+    assert_eq!(driver.finish(0).1 as usize, HEADER_BYTES);
+    assert_eq!(driver.read(DATA + 20, 4), 9u32.to_le_bytes(), "the port that was asked for");
 }
 
 fn word(rig: &Rig, address: u64) -> u32 {

@@ -73,10 +73,10 @@ impl Launch {
         spawner: &Client,
         config: &VmConfig,
         more: &[OwnedFd],
-    ) -> Result<Spawned, SpawnError> {
+    ) -> Result<Running, SpawnError> {
         let mut descriptors = vec![self.kernel.as_fd(), self.control.as_fd(), self.record.as_fd()];
         descriptors.extend(more.iter().map(AsFd::as_fd));
-        spawner.spawn(config, &descriptors)
+        spawner.spawn(config, &descriptors).map(Running)
     }
 
     fn record(&mut self) -> ExitRecord {
@@ -84,6 +84,24 @@ impl Launch {
         self.record.rewind().unwrap();
         self.record.read_to_string(&mut text).unwrap();
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text:?}"))
+    }
+}
+
+/// A guest that ends with its test, also where that fails.
+#[derive(Debug)]
+struct Running(Spawned);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
+    }
+}
+
+impl std::ops::Deref for Running {
+    type Target = Spawned;
+
+    fn deref(&self) -> &Spawned {
+        &self.0
     }
 }
 

@@ -149,11 +149,17 @@ impl Running {
 
     /// Ends it and waits until it has ended.
     pub fn kill(self) -> Result<(), BenchError> {
-        // One that has ended meanwhile needs no signal.
         let _ = rustix::process::pidfd_send_signal(&self.guest.pidfd, Signal::KILL);
         poll(&mut [PollFd::new(&self.guest.pidfd, PollFlags::IN)], None)
             .map_err(io::Error::from)?;
         Ok(())
+    }
+}
+
+impl Drop for Running {
+    /// A measurement that fails leaves no guest behind.
+    fn drop(&mut self) {
+        let _ = rustix::process::pidfd_send_signal(&self.guest.pidfd, Signal::KILL);
     }
 }
 

@@ -9,12 +9,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm::config::{
     BalloonConfig, DiskConfig, DiskEngine, DiskSource, NetBackend, NetConfig, Resource, RngConfig,
     VsockConfig,
 };
+use vmm::devices::orders::Orders;
 use vmm::devices::{Device, QueueInterrupt, Work, balloon, blk, net, rng, vsock};
 use vmm::machine::Interrupts;
 use vmm::machine::memory::Ram;
@@ -26,6 +28,8 @@ const DISK_BYTES: u64 = 64 << 10;
 /// Looks at a device before it counts as having done what it will do.
 const LOOKS: u32 = 60;
 const VECTORS: u16 = 8;
+/// A thread that does not rest by then never will.
+const REST_TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Fuzzes a device's queues; `open` makes a device, `after` looks at what became of it.
 fn queues(
@@ -52,21 +56,28 @@ fn drive(ram: &Ram, interrupts: &Interrupts, mut device: Device, source: &mut So
     let features = device.features & if source.flag() { u64::MAX } else { source.double() };
     let queues = (0..count).map(|queue| queue_at(queue, source.flag())).collect();
     let event = || EventFd::new(EFD_NONBLOCK).unwrap();
-    let (stop, doorbell) = (event(), event());
+    let doorbell = event();
+    let orders = Arc::new(Orders::new().unwrap());
     let work = Work {
         ram: ram.clone(),
         queues,
         doorbell: doorbell.try_clone().unwrap(),
-        stop: stop.try_clone().unwrap(),
+        orders: Arc::clone(&orders),
         interrupt: QueueInterrupt {
             msix: Arc::new(Msix::new(interrupts.clone(), VECTORS)),
             isr: Arc::default(),
             vectors: (0..count as u16).collect(),
         },
         features,
+        counters: Arc::default(),
     };
     std::thread::scope(|scope| {
-        let thread = scope.spawn(move || device.backend.run(work));
+        let of_thread = Arc::clone(&orders);
+        let thread = scope.spawn(move || {
+            let result = device.backend.run(work);
+            of_thread.end();
+            result
+        });
         for _ in 0..=source.byte() % 3 {
             doorbell.write(1).unwrap();
             for _ in 0..LOOKS {
@@ -79,8 +90,14 @@ fn drive(ram: &Ram, interrupts: &Interrupts, mut device: Device, source: &mut So
             let queue = source.below(count as u64) as usize;
             let index = u16::from(source.byte() % 20);
             ram.write_obj(index, GuestAddress(world::ring(queue) + 0x1002)).unwrap();
+            if source.flag() {
+                orders.hold();
+                let deadline = Instant::now() + REST_TIME_MAX;
+                assert!(orders.wait_until_held(deadline), "the thread does not come to rest");
+                orders.go_on();
+            }
         }
-        stop.write(1).unwrap();
+        orders.stop();
         if let Err(error) = thread.join().expect("the device's thread panicked") {
             assert!(!error.to_string().is_empty());
         }

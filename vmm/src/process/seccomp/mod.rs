@@ -103,10 +103,17 @@ thread_local! {
     static THREAD: Cell<&'static str> = const { Cell::new("first") };
 }
 
-/// Installs the handler of violations; once, and forked processes have it too.
+/// Parts of the heap, which threads share. Without a number the C library's allocator opens a file
+/// to count processors once a process has more than eight threads, which no closed thread may.
+const ARENAS_MAX: libc::c_int = 4;
+
+/// Installs the handler of violations and settles what the C library would look up later; once,
+/// and forked processes have it too.
 pub fn prepare() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
+        // SAFETY: plain call on integers.
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX) };
         // SAFETY: a zeroed sigaction is valid; the handler is async-signal-safe.
         unsafe {
             let mut action: libc::sigaction = std::mem::zeroed();
