@@ -1,8 +1,9 @@
 //! Bugs that the simulator has to catch: each is one change of this tree's source, put into a copy
 //! of it. A checker that lets one pass checks nothing.
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -167,19 +168,37 @@ impl Mutation {
 }
 
 /// Copies what git knows of this tree; files that are as they were keep their time, so that
-/// little is built again.
+/// little is built again, and those that are no longer in this tree go.
 fn copy_tree(to: &Path) -> Result<()> {
     let list = ["ls-files", "--cached", "--others", "--exclude-standard", "-z"];
     let files = shell::output(Command::new("git").args(list).current_dir(shell::root()))?;
+    let mut kept = BTreeSet::new();
     for file in files.split('\0').filter(|file| !file.is_empty()) {
         let (from, to) = (shell::root().join(file), to.join(file));
         let Ok(content) = fs::read(&from) else { continue };
+        kept.insert(to.clone());
         if fs::read(&to).is_ok_and(|old| old == content) {
             continue;
         }
         let parent = to.parent().context("a file lies in a directory")?;
         fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
         fs::write(&to, content).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    remove_others(to, &kept, &to.join("target"))
+}
+
+/// Removes files below `directory` that are not `kept`, but for those in `except`.
+fn remove_others(directory: &Path, kept: &BTreeSet<PathBuf>, except: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            if path != except {
+                remove_others(&path, kept, except)?;
+            }
+        } else if !kept.contains(&path) {
+            fs::remove_file(&path)?;
+        }
     }
     Ok(())
 }
