@@ -327,7 +327,7 @@ fn ask_everything(guest: &Guest) {
     control.net_ring("eth0").unwrap();
     let (nbd, server) = UnixStream::pair().unwrap();
     std::thread::spawn(move || serve_nbd(server));
-    control.replace_disk("remote", nbd.as_fd()).unwrap();
+    control.replace_disk("remote", nbd.as_fd(), 0).unwrap();
 
     let disk: vmm::config::DiskConfig = serde_json::from_value(
         serde_json::json!({"id": "hot", "source": {"raw": {"descriptor": 0}}}),

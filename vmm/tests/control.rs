@@ -227,6 +227,33 @@ fn paused_means_that_the_disk_stands_still_until_it_goes_on() {
 }
 
 #[test]
+fn limits_are_changed_while_the_guest_writes() {
+    let Some(vm) = Vm::start(&writing_guest(), &[]) else { return };
+    vm.until("the guest writes", || vm.counter() > 1000);
+    vm.done(&["set-disk-limits", "root", r#"{"operations": {"per_second": 1, "burst": 1}}"#]);
+    // It may have been on its way past the old limits.
+    let (start, before) = (Instant::now(), vm.counter());
+    vm.until("two more writes", || vm.counter() >= before + 3);
+    let (more, seconds) = (vm.counter() - before, start.elapsed().as_secs() as u32);
+    assert!(seconds >= 1 && more <= seconds + 3, "{more} writes in {seconds} s");
+    vm.done(&["set-disk-limits", "root", "{}"]);
+    let before = vm.counter();
+    vm.until("many more writes", || vm.counter() > before + 1000);
+
+    for (command, expected) in [
+        (&["set-disk-limits", "root", r#"{"operations": {"per_second": 0}}"#][..], "per_second: 0"),
+        (&["set-disk-limits", "root", r#"{"ops": {"per_second": 1}}"#], "unknown field `ops`"),
+        (&["set-disk-limits", "other", "{}"], "no disk \"other\""),
+        (&["set-net-limits", "root", "{}"], "no network device \"root\""),
+        (&["set-net-limits", "root", r#"{"bytes": {}}"#], "unknown field `bytes`"),
+        (&["set-disk-limits", "root"], "no control command"),
+    ] {
+        let line = vm.refused(command);
+        assert!(line.contains(expected), "{command:?}: {line}");
+    }
+}
+
+#[test]
 fn a_guest_is_driven_by_commands() {
     let mut script = Script::default();
     script.wait_for_plug();

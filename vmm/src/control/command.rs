@@ -4,7 +4,7 @@
 //! of whoever asks, and the guest's closed process gets the open descriptor.
 
 use super::{Client, ControlError, Request};
-use crate::config::{DiskConfig, DiskSource, NetBackend, NetConfig, Resource};
+use crate::config::{DiskConfig, DiskSource, NetBackend, NetConfig, RateLimits, Resource};
 use crate::devices::net;
 use std::fs::OpenOptions;
 use std::io;
@@ -23,6 +23,9 @@ pub const USAGE: &str = "\
   trine-vmm control SOCKET add-net JSON        plug a network device
   trine-vmm control SOCKET remove-net ID       ask the guest for a network device
   trine-vmm control SOCKET force-remove ID     pull a device out, whatever the guest does
+  trine-vmm control SOCKET replace-disk ID NBD another connection for a remote disk, to the socket NBD
+  trine-vmm control SOCKET set-disk-limits ID JSON   all rate limits of a disk, as in a configuration
+  trine-vmm control SOCKET set-net-limits ID JSON    as that, with \"from_guest\" and \"to_guest\"
   trine-vmm control SOCKET balloon [MIB]       how its balloon is; ask for MIB of memory back
 ";
 
@@ -41,9 +44,9 @@ pub enum CommandError {
     /// The command is not one.
     #[error("{0:?} is no control command; see trine-vmm --help")]
     Unknown(String),
-    /// A device's JSON is not one.
+    /// What a command is given is not what it takes.
     #[error("{0}")]
-    Device(String),
+    Argument(String),
     /// What a device needs could not be opened.
     #[error("open {path}: {source}")]
     Open {
@@ -79,19 +82,32 @@ fn parse(command: &[&str]) -> Result<Act, CommandError> {
         ["balloon"] => Box::new(|client| json(&client.balloon()?)),
         ["balloon", mib] => {
             let target_mib = mib.parse().map_err(|_| {
-                CommandError::Device(format!("balloon: {mib:?} is not a number of MiB"))
+                CommandError::Argument(format!("balloon: {mib:?} is not a number of MiB"))
             })?;
             simple(Request::SetBalloon { target_mib })
         }
         ["remove-disk", id] => simple(Request::RemoveDisk { id: (*id).into() }),
         ["remove-net", id] => simple(Request::RemoveNet { id: (*id).into() }),
         ["force-remove", id] => simple(Request::ForceRemove { id: (*id).into() }),
+        ["set-disk-limits", id, json] => {
+            let limits = parsed("limits", json)?;
+            simple(Request::SetDiskLimits { id: (*id).into(), limits })
+        }
+        ["set-net-limits", id, json] => {
+            let NetLimits { from_guest, to_guest } = parsed("limits", json)?;
+            simple(Request::SetNetLimits { id: (*id).into(), from_guest, to_guest })
+        }
+        ["replace-disk", id, path] => {
+            let connection = UnixStream::connect(path)
+                .map_err(|source| CommandError::Open { path: (*path).into(), source })?;
+            plug(Request::ReplaceDisk { id: (*id).into(), epoch: 0 }, connection.into())
+        }
         ["add-disk", json] => {
-            let (disk, descriptor) = open_disk(device("disk", json)?)?;
+            let (disk, descriptor) = open_disk(parsed("disk", json)?)?;
             plug(Request::AddDisk(disk), descriptor)
         }
         ["add-net", json] => {
-            let (network, descriptor) = open_net(device("net", json)?)?;
+            let (network, descriptor) = open_net(parsed("net", json)?)?;
             plug(Request::AddNet(network), descriptor)
         }
         _ => return Err(CommandError::Unknown(command.join(" "))),
@@ -107,8 +123,18 @@ fn json<T: serde::Serialize>(value: &T) -> Result<String, ControlError> {
     Ok(text + "\n")
 }
 
-fn device<T: serde::de::DeserializeOwned>(what: &str, json: &str) -> Result<T, CommandError> {
-    serde_json::from_str(json).map_err(|error| CommandError::Device(format!("{what}: {error}")))
+/// What is given of a network device's limits.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetLimits {
+    #[serde(default)]
+    from_guest: RateLimits,
+    #[serde(default)]
+    to_guest: RateLimits,
+}
+
+fn parsed<T: serde::de::DeserializeOwned>(what: &str, json: &str) -> Result<T, CommandError> {
+    serde_json::from_str(json).map_err(|error| CommandError::Argument(format!("{what}: {error}")))
 }
 
 fn open_disk(mut disk: DiskConfig) -> Result<(DiskConfig, OwnedFd), CommandError> {
@@ -133,7 +159,7 @@ fn open_net(mut network: NetConfig) -> Result<(NetConfig, OwnedFd), CommandError
                 open(resource, &what, |name| net::link::open_tap(name).map(OwnedFd::from))?;
             Ok((network, descriptor))
         }
-        NetBackend::Ring(_) => Err(CommandError::Device(format!(
+        NetBackend::Ring(_) => Err(CommandError::Argument(format!(
             "{what}: a packet ring has no path; only a tap can be plugged from here"
         ))),
     }
@@ -146,7 +172,7 @@ fn open(
     by_path: impl FnOnce(&Path) -> io::Result<OwnedFd>,
 ) -> Result<OwnedFd, CommandError> {
     let Resource::Path(path) = resource else {
-        return Err(CommandError::Device(format!("{what}: only paths are taken here")));
+        return Err(CommandError::Argument(format!("{what}: only paths are taken here")));
     };
     let opened = by_path(path)
         .map_err(|source| CommandError::Open { path: path.display().to_string(), source })?;
