@@ -24,6 +24,7 @@ const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 const ANSWER_MICROS_MAX: u64 = 20_000_000;
 const DISK: u16 = 2;
+const RANDOM: u16 = 4;
 
 /// Where the descriptor table of a queue lies; the rings follow it.
 pub(crate) fn ring(queue: u16) -> u64 {
@@ -174,16 +175,31 @@ impl Function {
         true
     }
 
-    /// Whether it does what it is for, after a reset: a disk keeps what is written to it, any other
-    /// device comes up.
+    /// Whether it does what it is for, after a reset: a disk keeps what is written to it, a source of
+    /// random numbers gives some, any other device comes up.
     pub(crate) fn works(&self, random: &mut Random) -> Result<(), &'static str> {
         if !self.start(1 << 32) {
             return Err("it does not start after a reset");
         }
-        if self.entry.virtio_type == DISK {
-            return self.round_trip(random, 0, 8);
+        match self.entry.virtio_type {
+            DISK => self.round_trip(random, 0, 8),
+            RANDOM => self.random_bytes(),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Asks for 64 random bytes.
+    fn random_bytes(&self) -> Result<(), &'static str> {
+        const WRITE: u16 = 2;
+        raw::fill(BUFFERS, 64, 0);
+        self.describe(0, 0, (BUFFERS, 64, WRITE, 0));
+        self.offer(0, 0);
+        self.kick(0);
+        if !self.wait(0, 1) {
+            return Err("no random numbers come");
+        }
+        let given = (0..8).any(|word| raw::read64(BUFFERS + word * 8) != 0);
+        if given { Ok(()) } else { Err("the random numbers are all zero") }
     }
 
     /// Writes sectors, makes them durable, reads them back and compares.

@@ -182,13 +182,19 @@ fn devices(directory: &Directory) -> (String, usize) {
         disk("one", &image("one.disk")),
         disk("two", &image("two.disk"))
     );
+    let socket = directory.0.join("vsock");
+    let _ = fs::remove_file(&socket);
+    let others = format!(
+        r#"{disks}, "rng": {{}}, "vsock": {{"cid": 3, "socket": {{"path": "{}"}}}}"#,
+        socket.display()
+    );
     if can_have_a_network() {
         let nic =
             r#"{"id": "nic", "mac": "fa:16:3e:00:00:01", "backend": {"tap": {"path": "tap0"}}}"#;
-        return (format!(r#"{disks}, "nets": [{nic}]"#), 3);
+        return (format!(r#"{others}, "nets": [{nic}]"#), 5);
     }
     eprintln!("no network device is attacked: a TAP interface in a network of its own needs root");
-    (disks, 2)
+    (others, 4)
 }
 
 /// The attacks whose devices must ask for a reset at least once; the others need not.

@@ -159,8 +159,7 @@ fn disk_queue() {
 /// A remote disk whose server answers what nobody asked.
 #[test]
 fn remote_disk_queue() {
-    let nbd =
-        DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: DISK_BYTES, epoch: 0 };
+    let nbd = DiskSource::Nbd { socket: Resource::Descriptor(0), size_bytes: DISK_BYTES, epoch: 0 };
     let config = DiskConfig::new("disk", nbd, "");
     let open = &mut |source: &mut Source<'_>| {
         let (ours, mut theirs) = UnixStream::pair().unwrap();

@@ -26,6 +26,8 @@ const NOWHERE: [u64; 12] = [
     u64::MAX - 15,
     u64::MAX,
 ];
+/// The first page: nothing is there.
+const LOW_BYTES: u64 = 0x1000;
 const LENGTHS: [u64; 8] = [0, 1, 15, 16, 512, 0xFFFF, 0x7FFF_FFFF, 0xFFFF_FFFF];
 const ROUNDS: u32 = 150;
 const KICKS: u32 = 5_000;
@@ -112,7 +114,11 @@ fn random_descriptor(random: &mut Random) -> (u64, u32, u16, u16) {
         1 => random.any(),
         _ => BUFFERS + random.below(0x10_0000),
     };
-    let len = random.pick(&LENGTHS) as u32;
+    let mut len = random.pick(&LENGTHS) as u32;
+    if address < LOW_BYTES {
+        // Behind it lies what this guest itself needs: a device that fills what it gets would end it.
+        len = len.min((LOW_BYTES - address) as u32);
+    }
     (address, len, random.below(16) as u16, random.below(20) as u16)
 }
 
