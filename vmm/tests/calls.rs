@@ -227,6 +227,12 @@ fn busy_guest() -> Script {
     use_net(&mut script, 8);
     script.let_go();
     (5..=7).for_each(|slot| script.reset(slot));
+    // A disk that it does not let go of.
+    script.wait_for_plug();
+    script.start(8, 1);
+    script.block(8, READ, 0, 512);
+    script.offer(8, 0, 1);
+    script.used(8, 0, 1);
     // It ends only when what it let go of is gone and one more thing comes.
     script.wait_for_plug();
     script
@@ -329,11 +335,16 @@ fn ask_everything(guest: &Guest) {
     std::thread::spawn(move || serve_nbd(server));
     control.replace_disk("remote", nbd.as_fd(), 0).unwrap();
 
-    let disk: vmm::config::DiskConfig = serde_json::from_value(
-        serde_json::json!({"id": "hot", "source": {"raw": {"descriptor": 0}}}),
-    )
-    .unwrap();
-    control.add_disk(disk, &[file(4096).as_fd()]).unwrap();
+    control.set_disk_limits("remote", Default::default()).unwrap();
+    control.set_net_limits("eth0", Default::default(), Default::default()).unwrap();
+    control.set_balloon(1).unwrap();
+    control.balloon().unwrap();
+
+    let add_disk = |id: &str| {
+        let disk = serde_json::json!({"id": id, "source": {"raw": {"descriptor": 0}}});
+        control.add_disk(serde_json::from_value(disk).unwrap(), &[file(4096).as_fd()])
+    };
+    add_disk("hot").unwrap();
     control.remove_disk("hot").unwrap();
 
     let switch = Region::create().unwrap();
@@ -345,12 +356,14 @@ fn ask_everything(guest: &Guest) {
     control.add_net(net, &rings.each_ref().map(AsFd::as_fd)).unwrap();
     answer_frame(&switch);
     control.remove_net("hotnet").unwrap();
-    let last: vmm::config::DiskConfig = serde_json::from_value(
-        serde_json::json!({"id": "last", "source": {"raw": {"descriptor": 0}}}),
-    )
-    .unwrap();
+    add_disk("pulled").unwrap();
+    until("the guest reads the disk that is pulled out", || {
+        let devices = control.metrics().unwrap().devices;
+        devices.iter().any(|device| device.id == "pulled" && device.counts.reads == 1)
+    });
+    control.force_remove("pulled").unwrap();
     // The guest may have ended before the answer is out.
-    let _ = control.add_disk(last, &[file(4096).as_fd()]);
+    let _ = add_disk("last");
 }
 
 /// An ELF with a PVH entry, as a Linux kernel has it, whose first instruction is undefined.

@@ -254,10 +254,27 @@ fn limits_are_changed_while_the_guest_writes() {
 }
 
 #[test]
+fn a_guest_that_a_signal_ends_leaves_a_record_and_no_socket() {
+    for (signal, to_guest) in [(libc::SIGTERM, false), (libc::SIGKILL, true)] {
+        let Some(mut vm) = Vm::start(&vmm::probe::spinning_image(), &[]) else { return };
+        let guest = Client::connect(&vm.path("control")).unwrap().status().unwrap().pid;
+        let target = if to_guest { guest } else { vm.child.id() };
+        // SAFETY: plain call on integers; both processes are this test's.
+        assert_eq!(unsafe { libc::kill(target as i32, signal) }, 0);
+        assert_eq!(vm.child.wait().unwrap().code(), Some(125));
+        let record = std::fs::read(vm.path("exit")).unwrap();
+        let record: vmm::control::ExitRecord = serde_json::from_slice(&record).unwrap();
+        assert_eq!(record.reason, "killed");
+        assert_eq!(record.message, "its process was ended by signal 9");
+        assert!(record.cpu_ns > 0);
+        assert!(!vm.path("control").exists());
+    }
+}
+
+#[test]
 fn a_guest_is_driven_by_commands() {
     let mut script = Script::default();
-    script.wait_for_plug();
-    script.wait_for_plug();
+    script.start(1, 1);
     script.forever(|_| {});
     let Some(vm) = Vm::start(&script.image(0), &["--boot-timer"]) else { return };
     std::fs::write(vm.path("data"), vec![0; 4096]).unwrap();

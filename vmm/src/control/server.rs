@@ -11,7 +11,7 @@ use crate::process::ending::Cause;
 use crate::process::guest::Guest;
 use crate::process::resources::{ResourceError, Supply};
 use crate::process::sandbox;
-use crate::process::seccomp::Role;
+use crate::process::seccomp::{self, Role};
 use crate::process::timings::cpu_ns;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -74,6 +74,7 @@ fn accept(listener: &UnixListener, guest: &Arc<Guest>) {
         }
         let (guest, count) = (Arc::clone(guest), Arc::clone(&open));
         let serve = move || {
+            seccomp::belongs_to(Role::Control);
             serve(&socket, &guest);
             count.fetch_sub(1, Ordering::AcqRel);
         };

@@ -9,10 +9,13 @@ use super::resources::{Resources, Supply};
 use super::sandbox::Sandbox;
 use super::timings::Clock;
 use crate::config::{Resource, VmConfig};
+use crate::control::ExitRecord;
 use crate::devices::console::Sink;
 use crate::machine::Host;
 use std::convert::Infallible;
+use std::fs::File;
 use std::io::{PipeWriter, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicI32, Ordering};
 
@@ -91,6 +94,7 @@ fn wait_for_child(
             become_guest(Start { host, config, resources, clock, boot_timer }, refused)
         }
         child => {
+            let record = resources.exit_record.take();
             drop((host, resources, refused));
             CHILD.store(child, Ordering::SeqCst);
             for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
@@ -101,10 +105,16 @@ fn wait_for_child(
                 // Without it the guest's connections are refused, and that is all.
                 let _ = std::thread::Builder::new().spawn(move || outside.serve());
             }
-            let code = wait(child);
+            let (status, cpu_ns) = wait(child);
             // It is closed without a word where the guest ran.
-            let never_ran = is_refused.read(&mut [0]).is_ok_and(|read| read > 0);
-            Ok(if never_ran { Ended::Refused } else { Ended::Guest(code) })
+            if is_refused.read(&mut [0]).is_ok_and(|read| read > 0) {
+                return Ok(Ended::Refused);
+            }
+            if libc::WIFSIGNALED(status) {
+                tell_of_signal(libc::WTERMSIG(status), cpu_ns, &config.nonce, record.as_ref());
+                return Ok(Ended::Guest(EXIT_CODE_FAILED));
+            }
+            Ok(Ended::Guest(libc::WEXITSTATUS(status) as u8))
         }
     }
 }
@@ -114,15 +124,36 @@ extern "C" fn end_child(_: libc::c_int) {
     unsafe { libc::kill(CHILD.load(Ordering::SeqCst), libc::SIGKILL) };
 }
 
-fn wait(child: libc::pid_t) -> u8 {
-    let mut status = 0;
-    // SAFETY: `status` is ours.
-    while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 {
+/// Waits for the guest's process; returns its status and its CPU time.
+fn wait(child: libc::pid_t) -> (libc::c_int, u64) {
+    let mut status = libc::c_int::from(EXIT_CODE_FAILED) << 8;
+    // SAFETY: a zeroed rusage is valid.
+    let mut used: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `status` and `used` are ours.
+    while unsafe { libc::wait4(child, &raw mut status, 0, &raw mut used) } < 0 {
         if std::io::Error::last_os_error().kind() != std::io::ErrorKind::Interrupted {
-            return EXIT_CODE_FAILED;
+            break;
         }
     }
-    if libc::WIFEXITED(status) { libc::WEXITSTATUS(status) as u8 } else { EXIT_CODE_FAILED }
+    let times = [used.ru_utime, used.ru_stime];
+    let cpu_us = times.iter().map(|time| time.tv_sec * 1_000_000 + time.tv_usec).sum::<i64>();
+    (status, cpu_us as u64 * 1000)
+}
+
+/// The guest's process was ended by a signal, ours or another one's, and could not say so itself.
+fn tell_of_signal(signal: libc::c_int, cpu_ns: u64, nonce: &str, record: Option<&File>) {
+    let exit = ExitRecord {
+        nonce: nonce.into(),
+        reason: "killed".into(),
+        code: None,
+        message: format!("its process was ended by signal {signal}"),
+        cpu_ns,
+        timings: Default::default(),
+    };
+    if let Some(record) = record {
+        let _ = record.write_all_at(&serde_json::to_vec(&exit).unwrap_or_default(), 0);
+    }
+    eprintln!("trine-vmm: guest ended: killed: {}", exit.message);
 }
 
 /// What the guest's process begins with.

@@ -199,6 +199,8 @@ const CONTROL: List = List {
     ],
     ioctls: &[
         0x5421, // FIONBIO
+        // A device is pulled out.
+        KVM_IOEVENTFD,
     ],
     fcntls: &[libc::F_DUPFD_CLOEXEC, libc::F_GET_SEALS],
     prctls: &[libc::PR_SET_NAME],

@@ -100,7 +100,7 @@ const PLACEHOLDER: &str = "system call @";
 
 thread_local! {
     /// Which thread this is, for the record of a violation.
-    static THREAD: Cell<&'static str> = const { Cell::new("first") };
+    static THREAD: Cell<&'static str> = const { Cell::new("starting") };
 }
 
 /// Parts of the heap, which threads share. Without a number the C library's allocator opens a file
@@ -155,6 +155,11 @@ pub fn narrow(role: Role) -> io::Result<()> {
     let filter = filters.of(role)?;
     THREAD.set(role.thread_name());
     install(filter)
+}
+
+/// Says that the calling thread was started by one of `role` and stands under its filter.
+pub fn belongs_to(role: Role) {
+    THREAD.set(role.thread_name());
 }
 
 fn install(filter: &Program) -> io::Result<()> {
