@@ -144,15 +144,26 @@ impl GuestDirectory {
         Ok(Life::Running(Box::new(status), process))
     }
 
-    /// Whether a process lives that was started in it.
-    pub(crate) fn is_held(&self) -> bool {
-        let exit = File::open(self.path.join("exit.json"));
-        exit.is_ok_and(|exit| flock(&exit, FlockOperation::NonBlockingLockExclusive).is_err())
+    /// The record, where it is of the server whose name the directory has.
+    pub(crate) fn own_record(&self) -> Option<Record> {
+        let name = self.path.file_name()?.to_str()?;
+        self.record().filter(|record| record.server_id == name)
     }
 
-    /// The server whose directory it is, by its name.
-    pub(crate) fn server_id(&self) -> Option<&str> {
-        self.path.file_name()?.to_str()
+    /// Removes the directory, unless a process lives that was started in it; whether it is gone.
+    pub(crate) fn remove_if_dead(&self) -> io::Result<bool> {
+        let exit = match File::open(self.path.join("exit.json")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            exit => Some(exit?),
+        };
+        // Held until nothing is left: a start that comes in between fails, and is tried again.
+        let dead = exit
+            .as_ref()
+            .is_none_or(|exit| flock(exit, FlockOperation::NonBlockingLockExclusive).is_ok());
+        if dead {
+            self.remove()?;
+        }
+        Ok(dead)
     }
 
     /// The console's last bytes, at most `limit`.
@@ -285,5 +296,27 @@ mod tests {
         assert!(matches!(directory.life(&record).unwrap(), Life::Absent));
         record = Record { stopped: false, boot_id: [9; 16], ..record };
         assert!(matches!(directory.life(&record).unwrap(), Life::Absent));
+    }
+
+    #[test]
+    fn a_directory_is_removed_only_after_the_process_that_was_started_in_it() {
+        let temporary = tempfile::tempdir().unwrap();
+        let directory = GuestDirectory::of(temporary.path(), "server");
+        let record = Record {
+            server_id: "another".into(),
+            generation: 1,
+            nonce: "n".into(),
+            boot_id: crate::process::boot_id(),
+            ports: vec![],
+            stopped: false,
+        };
+        let prepared = directory.prepare(&record).unwrap();
+        assert_eq!(directory.own_record(), None);
+        assert!(!directory.remove_if_dead().unwrap());
+        assert_eq!(directory.record(), Some(record));
+        drop(prepared);
+        assert!(directory.remove_if_dead().unwrap());
+        assert_eq!(GuestDirectory::all(temporary.path()).unwrap().len(), 0);
+        assert!(directory.remove_if_dead().unwrap(), "again changes nothing");
     }
 }

@@ -265,6 +265,7 @@ impl Agent {
                     Err(error) => debug!(%error, "agent: the switch does not answer"),
                 }
             });
+            agent.with_world(World::remove_strays);
             for look in agent.with_world(|world| world.looks_due()) {
                 let seen = look.take();
                 agent.with_world(|world| world.saw(seen));

@@ -79,6 +79,8 @@ impl Look {
 pub(super) struct World {
     directory: PathBuf,
     pub(super) guests: BTreeMap<ServerId, Guest>,
+    /// Directories without a record of their own, in which a process lives that is none of ours.
+    strays: Vec<GuestDirectory>,
     roots: BTreeSet<ServerId>,
     volumes: Option<BTreeMap<VolumeId, observed::Volume>>,
     images: BTreeSet<String>,
@@ -99,6 +101,7 @@ impl World {
         let mut world = World {
             directory: guests.to_owned(),
             guests: BTreeMap::new(),
+            strays: Vec::new(),
             roots: BTreeSet::new(),
             volumes: None,
             images: BTreeSet::new(),
@@ -111,15 +114,16 @@ impl World {
             revision: 0,
         };
         for directory in GuestDirectory::all(guests)? {
-            let record = directory.record();
-            let own = |record: &Record| directory.server_id() == Some(&record.server_id);
-            let Some(record) = record.filter(own) else {
-                if directory.is_held() {
-                    warn!(?directory, "agent: a process lives in a directory without its record");
-                } else {
-                    // Its start was cut off before anything ran.
-                    directory.remove()?;
+            let Some(record) = directory.own_record() else {
+                // Where nothing runs, its start was cut off before anything did.
+                match directory.remove_if_dead() {
+                    Ok(true) => continue,
+                    Ok(false) => warn!(?directory, "agent: a foreign process lives in it"),
+                    Err(error) => {
+                        warn!(?directory, %error, "agent: cannot remove what is none of ours")
+                    }
                 }
+                world.strays.push(directory);
                 continue;
             };
             let id = ServerId::from(record.server_id.clone());
@@ -221,6 +225,15 @@ impl World {
             }
         });
         due.filter_map(|(id, _)| self.look_at(id)).collect()
+    }
+
+    /// Removes what strays left where they have ended.
+    pub(super) fn remove_strays(&mut self) {
+        self.strays.retain(|directory| {
+            // A guest may have been started there since.
+            let ours = directory.own_record().is_some();
+            !ours && !directory.remove_if_dead().unwrap_or(false)
+        });
     }
 
     pub(super) fn saw_storage(&mut self, status: &storage::control::Status) {

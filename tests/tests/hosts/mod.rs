@@ -62,6 +62,12 @@ impl Hosts {
         Ok(hosts)
     }
 
+    /// Starts all of them at one time, as they have to where none of them runs.
+    pub(crate) fn start_all(&mut self) -> Result<()> {
+        let begun = self.all.iter_mut().map(Host::begin).collect::<Result<Vec<_>>>()?;
+        self.all.iter().zip(begun).try_for_each(|(host, ready)| host.wait_until_ready(&ready))
+    }
+
     /// One more machine, with nothing on it.
     pub(crate) fn add(&mut self, name: &str) -> usize {
         let index = self.all.len();
@@ -169,6 +175,12 @@ impl Host {
 
     /// Starts the node and waits until it serves.
     pub(crate) fn start(&mut self) -> Result<()> {
+        let ready = self.begin()?;
+        self.wait_until_ready(&ready)
+    }
+
+    /// Starts the node; the receiver hears when it serves.
+    fn begin(&mut self) -> Result<mpsc::Receiver<()>> {
         let log = File::options().create(true).append(true).open(&self.log)?;
         let mut child = self.command(&["node"]).stdout(Stdio::piped()).stderr(log).spawn()?;
         let output = child.stdout.take().context("a pipe")?;
@@ -181,6 +193,10 @@ impl Host {
                 }
             }
         });
+        Ok(ready)
+    }
+
+    fn wait_until_ready(&self, ready: &mpsc::Receiver<()>) -> Result<()> {
         match ready.recv_timeout(PATIENCE) {
             Ok(()) => Ok(()),
             Err(_) => bail!("{} does not serve:\n{}", self.name, self.log_tail()),
