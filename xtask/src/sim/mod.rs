@@ -68,10 +68,12 @@ fn words(arguments: &Arguments) -> Result<Vec<String>> {
 
 /// Builds the simulator of a tree, this one or a copy, and puts it aside, so that a long run keeps
 /// its program. Trees must not share `target`: cargo can't tell a copy's crates from the original's.
+/// Only functions that changed are compiled again, since mutations change one each.
 fn build(root: &Path, target: &Path) -> Result<PathBuf> {
     let what = ["build", "--locked", "--profile", "sim", "--package", "simulator"];
     let mut build = shell::cargo();
     build.args(what).args(["--example", "sim"]).current_dir(root).env("CARGO_TARGET_DIR", target);
+    build.env("CARGO_INCREMENTAL", "1");
     shell::run(&mut build).with_context(|| format!("in {}", root.display()))?;
     let simulator = target.join("simulator");
     fs::remove_file(&simulator).or_else(|error| match error.kind() {
